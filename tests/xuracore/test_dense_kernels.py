@@ -1,0 +1,172 @@
+"""Every dense kernel does what its NumPy twin does, in both dtypes, serial and parallel."""
+
+import numpy as np
+import pytest
+
+from xuracore import jit
+from xuracore.kernels import activation, conv, cross_entropy, norm, optimizer, scatter, softmax
+
+if jit.backend() == "numpy":
+    pytest.skip("the kernels are the twins here", allow_module_level=True)
+
+
+def elementwise(inputs):
+    def arguments(rng, size, dtype):
+        arrays = [(4 * rng.standard_normal(size)).astype(dtype) for _ in range(inputs)]
+        return (*arrays, np.empty(size, dtype))
+
+    return arguments
+
+
+def layer_norm_arguments(rng, size, dtype):
+    x, weight, bias = rows(rng, size, dtype), rng.standard_normal(7).astype(dtype), np.ones(7, dtype)
+    return x, weight, bias, 1e-5, np.empty_like(x), np.empty(size, dtype), np.empty(size, dtype)
+
+
+def layer_norm_backward_arguments(rng, size, dtype):
+    *_, y, mean, rstd = forward = layer_norm_arguments(rng, size, dtype)
+    norm.layer_norm_forward_numpy(*forward)
+    sums = [np.empty((norm.row_blocks(size), 7), dtype) for _ in range(2)]
+    return rows(rng, size, dtype), forward[0], forward[1], mean, rstd, y, *sums
+
+
+def rms_norm_arguments(rng, size, dtype):
+    x = rng.standard_normal((size, 6)).astype(dtype)
+    return x, rng.standard_normal(6).astype(dtype), 1e-6, np.empty_like(x), np.empty((size, 2), dtype)
+
+
+def rms_norm_backward_arguments(rng, size, dtype):
+    x, weight, _, y, rstd = forward = rms_norm_arguments(rng, size, dtype)
+    norm.rms_norm_forward_numpy(*forward)
+    partial = np.empty((norm.row_blocks(size), 6), dtype)
+    return rng.standard_normal((size, 6)).astype(dtype), x, weight, rstd, y, partial
+
+
+def conv_arguments(rng, size, dtype):
+    x, state, taps = (rng.standard_normal(s).astype(dtype) for s in [(2, size, 70), (2, 3, 70), (4, 70)])
+    return x, state, taps, np.ones(70, dtype), np.empty_like(x)
+
+
+def conv_backward_arguments(rng, size, dtype):
+    x, state, taps, bias, y = conv_arguments(rng, size, dtype)
+    return x[::-1].copy(), x, state, taps, y, *(np.empty_like(a) for a in (state, taps, bias))
+
+
+def softmax_arguments(rng, size, dtype):
+    x = 30 * rows(rng, size, dtype)
+    x[0, 0] = -np.inf
+    return x, x.max(axis=1), np.empty_like(x)
+
+
+def softmax_backward_arguments(rng, size, dtype):
+    forward = softmax_arguments(rng, size, dtype)
+    softmax.softmax_forward_numpy(*forward)
+    return rows(rng, size, dtype), forward[2], np.empty_like(forward[2])
+
+
+def log_softmax_backward_arguments(rng, size, dtype):
+    forward = softmax_arguments(rng, size, dtype)
+    softmax.log_softmax_forward_numpy(*forward)
+    return rows(rng, size, dtype), forward[2], np.empty_like(forward[2])
+
+
+def cross_entropy_arguments(rng, size, dtype):
+    x, target = rows(rng, size, dtype), rng.integers(0, 7, size)
+    target[0] = -100
+    return x, target, x.max(axis=1), -100, 0.1, np.empty(size), np.empty(size)
+
+
+def cross_entropy_backward_arguments(rng, size, dtype):
+    x, target, maximum, *_, log_sum = forward = cross_entropy_arguments(rng, size, dtype)
+    cross_entropy.cross_entropy_forward_numpy(*forward)
+    return x[:, 0].copy(), x, target, maximum, log_sum, -100, 0.1, np.empty_like(x)
+
+
+def adamw_arguments(rng, size, dtype):
+    parameter, grad, mean = rng.standard_normal((3, size)).astype(dtype)
+    return parameter, grad, mean, grad * grad, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.19, 0.0199
+
+
+def scatter_arguments(rng, size, dtype):
+    return rng.integers(0, 5, size), rows(rng, size, dtype), np.ones((5, 7), dtype)
+
+
+def rows(rng, size, dtype):
+    return rng.standard_normal((size, 7)).astype(dtype)
+
+
+CASES = {
+    activation.sigmoid_forward: elementwise(1),
+    activation.softplus_forward: elementwise(1),
+    activation.softplus_backward: elementwise(2),
+    activation.silu_forward: elementwise(1),
+    activation.silu_backward: elementwise(2),
+    activation.erf_forward: elementwise(1),
+    activation.gelu_forward: elementwise(1),
+    activation.gelu_backward: elementwise(2),
+    activation.gelu_tanh_forward: elementwise(1),
+    activation.gelu_tanh_backward: elementwise(2),
+    norm.layer_norm_forward: layer_norm_arguments,
+    norm.layer_norm_backward: layer_norm_backward_arguments,
+    norm.rms_norm_forward: rms_norm_arguments,
+    norm.rms_norm_backward: rms_norm_backward_arguments,
+    conv.causal_conv_forward: conv_arguments,
+    conv.causal_conv_backward: conv_backward_arguments,
+    softmax.softmax_forward: softmax_arguments,
+    softmax.softmax_backward: softmax_backward_arguments,
+    softmax.log_softmax_forward: softmax_arguments,
+    softmax.log_softmax_backward: log_softmax_backward_arguments,
+    cross_entropy.cross_entropy_forward: cross_entropy_arguments,
+    cross_entropy.cross_entropy_backward: cross_entropy_backward_arguments,
+    optimizer.adamw_update: adamw_arguments,
+    scatter.scatter_add_rows: scatter_arguments,
+}
+
+BUILDS = [(np.float32, False), (np.float64, False), (np.float32, True)]
+
+
+@pytest.mark.parametrize("build", BUILDS, ids=["float32", "float64", "parallel"])
+@pytest.mark.parametrize("kernel", CASES, ids=lambda kernel: kernel.__name__)
+def test_kernel_equals_twin(kernel, build):
+    dtype, parallel = build
+    if parallel and not kernel.parallel:
+        pytest.skip("this kernel has no parallel build")
+    tolerance = 1e-5 if dtype == np.float32 else 1e-12
+    for size in (1, 3, 200):
+        expected = CASES[kernel](np.random.default_rng(size), size, dtype)
+        found = CASES[kernel](np.random.default_rng(size), size, dtype)
+        with np.errstate(invalid="ignore"):
+            kernel.twin(*expected)
+        kernel.compiled(parallel)(*found)
+        for want, got in zip(expected, found):
+            if isinstance(want, np.ndarray):
+                assert got.dtype == want.dtype
+                np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 10)
+
+
+@pytest.mark.parametrize("kernel", [k for k in CASES if k.parallel], ids=lambda kernel: kernel.__name__)
+def test_parallel_build_gives_the_same_bits(kernel):
+    """How many threads run must not change a number."""
+    serial = CASES[kernel](np.random.default_rng(0), 333, np.float32)
+    parallel = CASES[kernel](np.random.default_rng(0), 333, np.float32)
+    kernel.compiled(False)(*serial)
+    kernel.compiled(True)(*parallel)
+    for want, got in zip(serial, parallel):
+        if isinstance(want, np.ndarray):
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("kernel", [k for k in CASES if CASES[k].__name__ == "arguments"], ids=lambda k: k.__name__)
+def test_not_a_number_stays_visible(kernel):
+    arguments = CASES[kernel](np.random.default_rng(0), 9, np.float32)
+    for array in arguments[:-1]:
+        array[4] = np.nan
+    kernel.compiled(False)(*arguments)
+    assert np.isnan(arguments[-1][4]) and np.isfinite(np.delete(arguments[-1], 4)).all()
+
+
+def test_softmax_gives_masked_scores_no_weight():
+    x = np.array([[0.0, -np.inf, 1.0]], np.float32)
+    y = np.empty_like(x)
+    softmax.softmax_forward(x, x.max(axis=1), y)
+    assert y[0, 1] == 0 and abs(y.sum() - 1) < 1e-6

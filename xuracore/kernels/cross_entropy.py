@@ -1,0 +1,75 @@
+"""Cross-entropy of rows of logits against class indices, with label smoothing ε.
+
+    loss_i = (1-ε) (z_i - x_i[target_i]) + ε (z_i - mean_j x_i[j]),     z_i = log Σ_j e^x_i[j]
+    dx_i = grad_i (softmax(x_i) - (1-ε) onehot(target_i) - ε / classes)
+
+Rows whose target is ``ignore_index`` have loss and gradient zero.  The sums that make the loss are
+float64 whatever the logits are.  As in :mod:`xuracore.kernels.softmax` the row maximum is given.
+Arrays are C-contiguous; outputs are allocated by the caller.
+"""
+
+import math
+
+import numpy as np
+
+from xuracore.jit import REDUCE, kernel, prange
+from xuracore.kernels.fastmath import exp
+
+
+def cross_entropy_forward_numpy(logits, target, maximum, ignore_index, smoothing, loss, log_sum):
+    """loss and log_sum (rows,) float64, log_sum = z - maximum.
+
+    logits (rows, classes), target (rows,) int64 in range or ignore_index, maximum (rows,).
+    """
+    shifted = np.subtract(logits, maximum[:, None], dtype=np.float64)
+    log_sum[...] = np.log(np.sum(np.exp(shifted), axis=1))
+    keep = target != ignore_index
+    hit = shifted[np.arange(len(target)), np.where(keep, target, 0)]
+    smooth = log_sum - shifted.mean(axis=1) if smoothing else 0.0
+    loss[...] = np.where(keep, (1 - smoothing) * (log_sum - hit) + smoothing * smooth, 0.0)
+
+
+@kernel(twin=cross_entropy_forward_numpy, parallel=True, fastmath=REDUCE)
+def cross_entropy_forward(logits, target, maximum, ignore_index, smoothing, loss, log_sum):
+    rows, classes = logits.shape
+    for i in prange(rows):
+        top = maximum[i]
+        total = 0.0
+        for j in range(classes):
+            total += np.float64(exp(logits[i, j] - top))
+        log_sum[i] = math.log(total)
+        if target[i] == ignore_index:
+            loss[i] = 0.0
+        else:
+            hit = np.float64(logits[i, target[i]]) - np.float64(top)
+            loss[i] = (1.0 - smoothing) * (log_sum[i] - hit)
+            if smoothing != 0.0:
+                level = 0.0
+                for j in range(classes):
+                    level += np.float64(logits[i, j]) - np.float64(top)
+                loss[i] += smoothing * (log_sum[i] - level / classes)
+
+
+def cross_entropy_backward_numpy(grad, logits, target, maximum, log_sum, ignore_index, smoothing, dx):
+    """dx (rows, classes) from grad (rows,) and what the forward pass saw and kept."""
+    keep = target != ignore_index
+    probability = np.exp(logits - maximum[:, None] - log_sum[:, None])
+    probability -= smoothing / logits.shape[1]
+    probability[np.arange(len(target)), np.where(keep, target, 0)] -= 1 - smoothing
+    dx[...] = np.where(keep, grad, 0)[:, None] * np.where(keep[:, None], probability, 0)
+
+
+@kernel(twin=cross_entropy_backward_numpy, parallel=True)
+def cross_entropy_backward(grad, logits, target, maximum, log_sum, ignore_index, smoothing, dx):
+    rows, classes = logits.shape
+    number = logits.dtype.type
+    for i in prange(rows):
+        if target[i] == ignore_index:
+            for j in range(classes):
+                dx[i, j] = number(0)
+        else:
+            top, shift = maximum[i], number(log_sum[i])
+            weight, level = number(grad[i]), number(smoothing / classes)
+            for j in range(classes):
+                dx[i, j] = weight * (exp((logits[i, j] - top) - shift) - level)
+            dx[i, target[i]] -= weight * number(1.0 - smoothing)
