@@ -1,0 +1,20 @@
+"""Xura's engine: tensors, a tape, kernels and files, on NumPy alone (Numba where it is installed).
+
+    import xuracore as xc
+
+    w = xc.tensor([[1.0, 2.0]], requires_grad=True)
+    (w * w).sum().backward()
+    w.grad                                   # [[2, 4]]
+"""
+
+from xuracore import nn, ops
+from xuracore._version import __version__
+from xuracore.autograd import checkpoint, enable_grad, grad, is_grad_enabled, no_grad, value_and_grad
+from xuracore.gradcheck import gradcheck
+from xuracore.tensor import Tensor, tensor
+from xuracore.threads import get_num_threads, set_num_threads
+
+__all__ = [
+    "Tensor", "tensor", "no_grad", "enable_grad", "is_grad_enabled", "grad", "value_and_grad", "checkpoint",
+    "gradcheck", "ops", "nn", "io", "set_num_threads", "get_num_threads", "__version__",
+]

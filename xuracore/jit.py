@@ -1,0 +1,284 @@
+"""The only importer of Numba: one decorator, its flags, its cache and its fallbacks.
+
+A kernel is written as a pair, a readable NumPy twin and explicit loops::
+
+    def scale_numpy(x, factor, out):
+        out[...] = x * factor
+
+    @kernel(twin=scale_numpy)
+    def scale(x, factor, out):
+        for i in range(x.size):
+            out[i] = x[i] * factor
+
+Calling ``scale`` compiles the loops on first use; where Numba is absent, or with
+``XURA_KERNELS=numpy``, the same call runs the twin.  Importing this module imports no Numba.
+
+Flags.  ``error_model="numpy"`` (no zero test at each division), ``nogil``, an on-disk cache, and
+fast-math limited to contraction into FMA: NaN and Inf stay visible.  ``REDUCE`` additionally lets a
+plain sum be reassociated, for loops that are nothing but a sum.
+"""
+
+import dis
+import functools
+import hashlib
+import importlib.util
+import os
+import threading
+import types
+import warnings
+from pathlib import Path
+
+from xuracore import threads
+
+FMA = frozenset({"contract"})
+REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
+
+PARALLEL_WORK = 200_000  # scalar operations below which one thread is faster than two
+
+KERNELS = []  # every Kernel, in order of definition: for warm-up and the tests
+
+_compile_lock = threading.RLock()
+
+
+@functools.cache
+def backend():
+    """``"numba"`` or ``"numpy"``: what runs when a kernel is called.
+
+    ``XURA_KERNELS=numpy`` chooses the twins; without Numba they run in any case.
+    """
+    asked = os.environ.get("XURA_KERNELS", "").strip().lower()
+    if asked not in ("", "auto", "numba", "numpy"):
+        raise ValueError(f"XURA_KERNELS={asked!r}; expected 'numba', 'numpy' or 'auto'")
+    if asked == "numpy":
+        return "numpy"
+    if importlib.util.find_spec("numba") is None:
+        if asked == "numba":
+            raise ImportError("XURA_KERNELS=numba, but Numba is not installed: pip install numba")
+        return "numpy"
+    return "numba"
+
+
+@functools.cache
+def _numba():
+    threads.prepare_environment()
+    import numba
+
+    threads.apply_to_numba(numba)
+    return numba
+
+
+@functools.cache
+def _source_salt():
+    """Hash of every kernel source: an edited helper in another file must not be served stale."""
+    digest = hashlib.sha256()
+    for path in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _cache(python, variant):
+    """A Numba disk cache for ``python`` that is never stale and never mixed up.
+
+    Numba keys its cache by the function's own file only, and leaves the build options out of the
+    key.  Here the stamp covers every kernel file, and each variant has its own file name.
+    """
+    from numba.core import caching
+
+    class KernelCache(caching.FunctionCache):
+        def __init__(self, py_func):
+            super().__init__(py_func)
+            self._cache_file = caching.IndexDataCacheFile(
+                cache_path=self._cache_path,
+                filename_base=f"{self._impl.filename_base}-{variant}",
+                source_stamp=(self._impl.locator.get_source_stamp(), _source_salt()),
+            )
+
+    return KernelCache(python)
+
+
+def prange(*bounds):
+    """``numba.prange`` in a parallel build, ``range`` everywhere else."""
+    return range(*bounds)
+
+
+class device:
+    """Decorate a small scalar function that kernels call; it is inlined into each of them.
+
+    ``@device`` alone serves every dtype with one body.  ``@device.narrow(wide=function)`` decorates
+    the float32 form and names the function that serves float64: the choice is made by type, when
+    the kernel is compiled.  Called from Python it is the plain function, so it can be tested
+    without Numba.
+    """
+
+    def __init__(self, python, wide=None):
+        functools.update_wrapper(self, python)
+        self.python, self.wide = python, wide
+        self._compiled = None
+
+    @classmethod
+    def narrow(cls, *, wide):
+        return lambda python: cls(python, wide)
+
+    def __call__(self, *arguments):
+        if self.wide is not None and getattr(arguments[0], "dtype", None) != "float32":
+            return self.wide(*arguments)
+        return self.python(*arguments)
+
+    def compiled(self):
+        if self._compiled is None:
+            with _compile_lock:
+                self._compiled = self._by_type() if self.wide is not None else self._for_all_types()
+        return self._compiled
+
+    def _for_all_types(self):
+        return _numba().njit(nogil=True, error_model="numpy", fastmath=set(FMA), inline="always")(
+            _with_compiled_globals(self.python, parallel=False)
+        )
+
+    def _by_type(self):
+        from numba.core import types
+        from numba.extending import overload
+
+        _numba()
+        python = _with_compiled_globals(self.python, parallel=False)
+        wide = _with_compiled_globals(self.wide, parallel=False)
+
+        def chosen(*arguments):
+            raise NotImplementedError("compiled kernels only")
+
+        @overload(
+            chosen,
+            strict=False,
+            jit_options={
+                "nogil": True,
+                "error_model": "numpy",
+                "fastmath": set(FMA),
+                "forceinline": True,
+            },
+        )
+        def choose(*arguments):
+            return python if arguments[0] == types.float32 else wide
+
+        return chosen
+
+
+def _with_compiled_globals(python, parallel):
+    """A copy of ``python`` whose globals hold what Numba can compile.
+
+    Device functions become dispatchers and :func:`prange` becomes Numba's; the module's own
+    globals stay plain Python, so that importing a kernel file never imports Numba.
+    """
+    scope = dict(python.__globals__)
+    for name in _globals_read(python):
+        value = scope.get(name)
+        if isinstance(value, device):
+            scope[name] = value.compiled()
+        elif value is prange:
+            scope[name] = _numba().prange if parallel else range
+    twin = types.FunctionType(python.__code__, scope, python.__name__, python.__defaults__)
+    return functools.update_wrapper(twin, python)
+
+
+def _globals_read(python):
+    """Names of the globals a function loads (``co_names`` would also list attributes: ``math.exp``)."""
+    return {step.argval for step in dis.get_instructions(python) if step.opname == "LOAD_GLOBAL"}
+
+
+class Kernel:
+    """A compiled function with its NumPy twin; call it like the function it wraps."""
+
+    def __init__(self, python, twin, parallel, fastmath):
+        functools.update_wrapper(self, python)
+        self.python, self.twin = python, twin
+        self.parallel, self.fastmath = parallel, fastmath
+        self._compiled = {}  # parallel or not -> dispatcher
+        self._call = None
+        KERNELS.append(self)
+
+    def __call__(self, *arguments):
+        return (self._call or self.sized(PARALLEL_WORK))(*arguments)
+
+    def sized(self, work):
+        """The function to call for ``work`` scalar operations.
+
+        Entering a parallel region costs tens of microseconds, so less than ``PARALLEL_WORK``
+        operations run serially: ``scale.sized(x.size)(x, 2.0, out)``.
+        """
+        if backend() == "numpy":
+            self._call = self.twin
+            return self.twin
+        parallel = self.parallel and work >= PARALLEL_WORK and threads.parallel_allowed()
+        call = self._compiled.get(parallel) or self.compiled(parallel)
+        if not self.parallel:
+            self._call = call
+        return call
+
+    def compiled(self, parallel=False):
+        """The Numba dispatcher, built on first use."""
+        with _compile_lock:
+            dispatcher = self._compiled.get(parallel)
+            if dispatcher is None:
+                dispatcher = _Locked(_jit(self.python, parallel, self.fastmath))
+                self._compiled[parallel] = dispatcher
+            return dispatcher
+
+
+class _Locked:
+    """Calls a dispatcher; compilation of a new signature happens under one lock.
+
+    Numba's own compiler lock does not cover everything that runs at a first call, and a second
+    Python thread that arrives meanwhile should wait, not compile the same thing again.
+    """
+
+    __slots__ = ("dispatcher", "ready")
+
+    def __init__(self, dispatcher):
+        self.dispatcher, self.ready = dispatcher, set()
+
+    def __call__(self, *arguments):
+        key = tuple([getattr(a, "dtype", None) or type(a) for a in arguments])
+        if key in self.ready:
+            return self.dispatcher(*arguments)
+        with _compile_lock:
+            result = self.dispatcher(*arguments)
+            self.ready.add(key)
+            return result
+
+    @property
+    def signatures(self):
+        return self.dispatcher.signatures
+
+
+def _jit(python, parallel, fastmath):
+    numba = _numba()
+    options = {
+        "nogil": True,
+        "error_model": "numpy",
+        "fastmath": set(fastmath),
+        "parallel": parallel,
+    }
+    dispatcher = numba.njit(**options)(_with_compiled_globals(python, parallel))
+    variant = "parallel" if parallel else "serial"
+    if numba.config.BOUNDSCHECK:
+        variant += "-boundscheck"
+    try:
+        dispatcher._cache = _cache(dispatcher.py_func, variant)
+    except RuntimeError as error:  # nothing writable: run without a cache rather than not at all
+        warnings.warn(
+            f"kernels are compiled anew in each process, because no cache folder is writable ({error}); "
+            "set NUMBA_CACHE_DIR to one that is",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    return dispatcher
+
+
+def kernel(*, twin, parallel=False, fastmath=FMA):
+    """Decorate explicit loops as a kernel.
+
+    twin : the NumPy function with the same arguments and effects; oracle and fallback.
+    parallel : the loops use ``numba.prange`` through :func:`prange`; a serial build of the same
+        source serves small work, forked children and one-thread settings.
+    fastmath : ``FMA`` (default), ``REDUCE``, or ``frozenset()`` for strict IEEE arithmetic.
+    """
+    return lambda python: Kernel(python, twin, parallel, fastmath)

@@ -1,0 +1,74 @@
+"""Gives Tensor its operators and methods.  Imported once, by :mod:`xuracore.ops`."""
+
+import numpy as np
+
+from xuracore.ops import elementwise, index, linalg, reduce, shape
+from xuracore.tensor import Tensor
+
+
+def _reversed(op):
+    def call(self, other):
+        return op(other, self)
+
+    return call
+
+
+def _compare(ufunc):
+    def call(self, other):
+        return ufunc(self.data, other.data if isinstance(other, Tensor) else other)
+
+    return call
+
+
+def _reshape(self, *sizes):
+    """The same elements in another shape: ``x.reshape(2, -1)`` or ``x.reshape((2, -1))``."""
+    return shape.reshape(self, shape=sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes)
+
+
+def _transpose(self, *axes):
+    """Permute the axes; without arguments, reverse them."""
+    if len(axes) == 1 and isinstance(axes[0], (tuple, list)):
+        axes = tuple(axes[0])
+    return shape.transpose(self, axes=axes or None)
+
+
+def _reduction(op):
+    def call(self, axis=None, keepdims=False):
+        return op(self, axis=axis, keepdims=keepdims)
+
+    call.__doc__ = op.__doc__
+    return call
+
+
+METHODS = {
+    "__add__": elementwise.add,
+    "__radd__": _reversed(elementwise.add),
+    "__sub__": elementwise.subtract,
+    "__rsub__": _reversed(elementwise.subtract),
+    "__mul__": elementwise.multiply,
+    "__rmul__": _reversed(elementwise.multiply),
+    "__truediv__": elementwise.divide,
+    "__rtruediv__": _reversed(elementwise.divide),
+    "__pow__": elementwise.power,
+    "__rpow__": _reversed(elementwise.power),
+    "__neg__": elementwise.negative,
+    "__abs__": elementwise.absolute,
+    "__matmul__": linalg.matmul,
+    "__rmatmul__": _reversed(linalg.matmul),
+    "__getitem__": lambda self, key: index.getitem(self, key=index.plain_key(key)),
+    "__lt__": _compare(np.less),
+    "__le__": _compare(np.less_equal),
+    "__gt__": _compare(np.greater),
+    "__ge__": _compare(np.greater_equal),
+    "reshape": _reshape,
+    "transpose": _transpose,
+    "swapaxes": shape.swapaxes,
+    "sum": _reduction(reduce.sum),
+    "mean": _reduction(reduce.mean),
+    "max": _reduction(reduce.max),
+    "min": _reduction(reduce.min),
+    "astype": lambda self, dtype: shape.astype(self, dtype=np.dtype(dtype)),
+}
+
+for _name, _function in METHODS.items():
+    setattr(Tensor, _name, _function)

@@ -1,0 +1,123 @@
+"""The one place that decides how many threads run.
+
+BLAS (behind ``@``) and Numba's parallel kernels are set together: two pools that each take all
+cores spend their time waiting for each other.  The default is what the process may really use:
+CPU affinity, a container's quota and ``XURA_NUM_THREADS``, whichever is least.
+"""
+
+import ctypes
+import functools
+import math
+import os
+import sys
+from pathlib import Path
+
+from xuracore.errors import ConfigError
+
+_threads = None  # chosen by set_num_threads; None until then
+_numba = None  # set once Numba is loaded
+_forked = False  # True in a forked child, where an OpenMP pool does not survive
+
+
+def prepare_environment():
+    """Set what must be set before Numba loads its OpenMP layer.
+
+    GNU OpenMP workers spin after each parallel region and so take the core that BLAS needs next;
+    ``OMP_WAIT_POLICY=passive`` makes them sleep.  ``XURA_NO_ENV=1`` leaves the environment alone.
+    """
+    if os.environ.get("XURA_NO_ENV", "") != "1":
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def apply_to_numba(numba):
+    """Give Numba our thread count; called once by :mod:`xuracore.jit` after the import."""
+    global _numba
+    _numba = numba
+    numba.set_num_threads(min(get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+
+
+@functools.cache
+def available_cpus():
+    """CPUs this process may use: affinity, limited by a cgroup quota (rounded up)."""
+    if hasattr(os, "sched_getaffinity"):
+        count = len(os.sched_getaffinity(0))
+    else:
+        count = os.cpu_count() or 1
+    return max(1, min(count, _cgroup_quota() or count))
+
+
+def _cgroup_quota():
+    """Whole CPUs granted by cgroup v2 ``cpu.max`` or v1 ``cfs_quota_us``, or None if unlimited."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        quota, period = (root / "cpu.max").read_text().split()
+        return None if quota == "max" else math.ceil(int(quota) / int(period))
+    except (OSError, ValueError):
+        pass
+    try:
+        quota = int((root / "cpu" / "cpu.cfs_quota_us").read_text())
+        period = int((root / "cpu" / "cpu.cfs_period_us").read_text())
+        return math.ceil(quota / period) if quota > 0 else None
+    except (OSError, ValueError):
+        return None
+
+
+def get_num_threads():
+    """Threads that BLAS and the kernels use."""
+    return _threads or _default_threads()
+
+
+@functools.cache
+def _default_threads():
+    asked = os.environ.get("XURA_NUM_THREADS")
+    if not asked:
+        return available_cpus()
+    if not asked.isdigit() or int(asked) < 1:
+        raise ConfigError(f"XURA_NUM_THREADS={asked!r}; expected a whole number of at least 1")
+    return min(int(asked), available_cpus())
+
+
+def set_num_threads(count):
+    """Use ``count`` threads in BLAS and in the kernels (at least 1; capped by what exists)."""
+    global _threads
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(f"number of threads is {count!r}; expected a whole number of at least 1")
+    _threads = min(count, available_cpus())
+    for setter in _blas_setters():
+        setter(_threads)
+    if _numba is not None:
+        _numba.set_num_threads(min(_threads, _numba.config.NUMBA_NUM_THREADS))
+
+
+def parallel_allowed():
+    """Whether a parallel kernel may start its pool here: several threads, not a forked child."""
+    return not _forked and get_num_threads() > 1
+
+
+@functools.cache
+def _blas_setters():
+    """Thread-count setters of the OpenBLAS that NumPy loaded; empty for other BLAS libraries."""
+    import numpy  # noqa: F401  (loads its BLAS)
+
+    if not sys.platform.startswith("linux"):
+        return ()
+    names = ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads")
+    setters = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if "openblas" not in path or path in {library for library, _ in setters}:
+            continue
+        library = ctypes.CDLL(path)
+        setter = next((getattr(library, name) for name in names if hasattr(library, name)), None)
+        if setter is not None:
+            setters.append((path, setter))
+    return tuple(setter for _, setter in setters)
+
+
+def _after_fork():
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
