@@ -1,0 +1,1 @@
+"""Optimizers, schedules, data, the training loop and the phases of Xura."""
