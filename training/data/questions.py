@@ -42,8 +42,8 @@ class QuestionType:
 
     ``candidates(tables)`` lists ``(arguments, answer, objects)``: every unambiguous question of this type
     about a scene, with the indices of the objects it speaks of.  ``weights`` gives each
-    answer's chance of being drawn, where answers are not equally often possible; with ``strict`` a drawn answer that this scene cannot
-    give means no question, which is what keeps counts and yes/no balanced.
+    answer's chance of being drawn, where answers are not equally often possible; with ``strict`` a drawn
+    answer that this scene cannot give means no question, which keeps counts and yes/no balanced.
     """
 
     name: str

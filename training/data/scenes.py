@@ -33,7 +33,7 @@ MIN_OBJECTS, MAX_OBJECTS = 3, 6
 OBJECT_GAP = 2                 # free pixels between any two bounding boxes
 MIDDLE = (IMAGE_SIZE - 1) / 2
 
-_ALLOWED_SHAPES = {c: tuple(s for s in SHAPES if (c, s) not in HELD_OUT_PAIRS) for c in COLOURS}
+ALLOWED_SHAPES = {c: tuple(s for s in SHAPES if (c, s) not in HELD_OUT_PAIRS) for c in COLOURS}
 _PLACEMENT_TRIES = 30
 
 
@@ -102,7 +102,7 @@ def _draw_pairs(draws, ood):
         colours.insert(draws.below(count), special[0])
     pairs = []
     for colour in colours:
-        shapes = SHAPES if ood else _ALLOWED_SHAPES[colour]
+        shapes = SHAPES if ood else ALLOWED_SHAPES[colour]
         if special is not None and colour == special[0]:
             shape = special[1]
         elif favoured in shapes and draws.below(5) < 3:
