@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import xuracore as xc
 from xuracore import jit
 from xuracore.kernels import activation, conv, cross_entropy, norm, optimizer, scatter, softmax
 
@@ -40,6 +41,26 @@ def rms_norm_backward_arguments(rng, size, dtype):
     norm.rms_norm_forward_numpy(*forward)
     partial = np.empty((norm.row_blocks(size), 6), dtype)
     return rng.standard_normal((size, 6)).astype(dtype), x, weight, rstd, y, partial
+
+
+def gated_rms_norm_arguments(norm_first):
+    def arguments_for(rng, size, dtype):
+        x, weight, eps, y, rstd = rms_norm_arguments(rng, size, dtype)
+        z = rng.standard_normal((size, 6)).astype(dtype)
+        return x, z, weight, eps, norm_first, y, rstd
+
+    return arguments_for
+
+
+def gated_rms_norm_backward_arguments(norm_first):
+    def arguments_for(rng, size, dtype):
+        x, z, weight, _, _, y, rstd = forward = gated_rms_norm_arguments(norm_first)(rng, size, dtype)
+        norm.gated_rms_norm_forward_numpy(*forward)
+        partial = np.empty((norm.row_blocks(size), 6), dtype)
+        grad = rng.standard_normal((size, 6)).astype(dtype)
+        return grad, x, z, weight, norm_first, rstd, y, np.empty_like(x), partial
+
+    return arguments_for
 
 
 def conv_arguments(rng, size, dtype):
@@ -95,46 +116,54 @@ def rows(rng, size, dtype):
     return rng.standard_normal((size, 7)).astype(dtype)
 
 
-CASES = {
-    activation.sigmoid_forward: elementwise(1),
-    activation.softplus_forward: elementwise(1),
-    activation.softplus_backward: elementwise(2),
-    activation.silu_forward: elementwise(1),
-    activation.silu_backward: elementwise(2),
-    activation.erf_forward: elementwise(1),
-    activation.gelu_forward: elementwise(1),
-    activation.gelu_backward: elementwise(2),
-    activation.gelu_tanh_forward: elementwise(1),
-    activation.gelu_tanh_backward: elementwise(2),
-    norm.layer_norm_forward: layer_norm_arguments,
-    norm.layer_norm_backward: layer_norm_backward_arguments,
-    norm.rms_norm_forward: rms_norm_arguments,
-    norm.rms_norm_backward: rms_norm_backward_arguments,
-    conv.causal_conv_forward: conv_arguments,
-    conv.causal_conv_backward: conv_backward_arguments,
-    softmax.softmax_forward: softmax_arguments,
-    softmax.softmax_backward: softmax_backward_arguments,
-    softmax.log_softmax_forward: softmax_arguments,
-    softmax.log_softmax_backward: log_softmax_backward_arguments,
-    cross_entropy.cross_entropy_forward: cross_entropy_arguments,
-    cross_entropy.cross_entropy_backward: cross_entropy_backward_arguments,
-    optimizer.adamw_update: adamw_arguments,
-    scatter.scatter_add_rows: scatter_arguments,
-}
+CASES = [
+    (activation.sigmoid_forward, elementwise(1)),
+    (activation.softplus_forward, elementwise(1)),
+    (activation.softplus_backward, elementwise(2)),
+    (activation.silu_forward, elementwise(1)),
+    (activation.silu_backward, elementwise(2)),
+    (activation.erf_forward, elementwise(1)),
+    (activation.gelu_forward, elementwise(1)),
+    (activation.gelu_backward, elementwise(2)),
+    (activation.gelu_tanh_forward, elementwise(1)),
+    (activation.gelu_tanh_backward, elementwise(2)),
+    (norm.layer_norm_forward, layer_norm_arguments),
+    (norm.layer_norm_backward, layer_norm_backward_arguments),
+    (norm.rms_norm_forward, rms_norm_arguments),
+    (norm.rms_norm_backward, rms_norm_backward_arguments),
+    (norm.gated_rms_norm_forward, gated_rms_norm_arguments(True)),
+    (norm.gated_rms_norm_backward, gated_rms_norm_backward_arguments(True)),
+    (norm.gated_rms_norm_forward, gated_rms_norm_arguments(False)),
+    (norm.gated_rms_norm_backward, gated_rms_norm_backward_arguments(False)),
+    (conv.causal_conv_forward, conv_arguments),
+    (conv.causal_conv_backward, conv_backward_arguments),
+    (softmax.softmax_forward, softmax_arguments),
+    (softmax.softmax_backward, softmax_backward_arguments),
+    (softmax.log_softmax_forward, softmax_arguments),
+    (softmax.log_softmax_backward, log_softmax_backward_arguments),
+    (cross_entropy.cross_entropy_forward, cross_entropy_arguments),
+    (cross_entropy.cross_entropy_backward, cross_entropy_backward_arguments),
+    (optimizer.adamw_update, adamw_arguments),
+    (scatter.scatter_add_rows, scatter_arguments),
+]
+
+NAMES = [kernel.__name__ for kernel, _ in CASES]
+ELEMENTWISE = [(kernel, inputs) for kernel, inputs in CASES if kernel.__name__.split("_")[0] in
+               ("sigmoid", "softplus", "silu", "erf", "gelu")]
 
 BUILDS = [(np.float32, False), (np.float64, False), (np.float32, True)]
 
 
 @pytest.mark.parametrize("build", BUILDS, ids=["float32", "float64", "parallel"])
-@pytest.mark.parametrize("kernel", CASES, ids=lambda kernel: kernel.__name__)
-def test_kernel_equals_twin(kernel, build):
+@pytest.mark.parametrize("kernel, arguments", CASES, ids=NAMES)
+def test_kernel_equals_twin(kernel, arguments, build):
     dtype, parallel = build
     if parallel and not kernel.parallel:
         pytest.skip("this kernel has no parallel build")
     tolerance = 1e-5 if dtype == np.float32 else 1e-12
     for size in (1, 3, 200):
-        expected = CASES[kernel](np.random.default_rng(size), size, dtype)
-        found = CASES[kernel](np.random.default_rng(size), size, dtype)
+        expected = arguments(np.random.default_rng(size), size, dtype)
+        found = arguments(np.random.default_rng(size), size, dtype)
         with np.errstate(invalid="ignore"):
             kernel.twin(*expected)
         kernel.compiled(parallel)(*found)
@@ -144,21 +173,26 @@ def test_kernel_equals_twin(kernel, build):
                 np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance * 10)
 
 
-@pytest.mark.parametrize("kernel", [k for k in CASES if k.parallel], ids=lambda kernel: kernel.__name__)
-def test_parallel_build_gives_the_same_bits(kernel):
-    """How many threads run must not change a number."""
-    serial = CASES[kernel](np.random.default_rng(0), 333, np.float32)
-    parallel = CASES[kernel](np.random.default_rng(0), 333, np.float32)
-    kernel.compiled(False)(*serial)
-    kernel.compiled(True)(*parallel)
-    for want, got in zip(serial, parallel):
-        if isinstance(want, np.ndarray):
-            np.testing.assert_array_equal(got, want)
+@pytest.mark.parametrize("kernel, arguments", CASES, ids=NAMES)
+def test_number_of_threads_changes_no_bit(kernel, arguments):
+    if not kernel.parallel or xc.threads.available_cpus() < 2:
+        pytest.skip("needs a parallel build and two cores")
+    results, before = [], xc.get_num_threads()
+    try:
+        for count in (1, 2):
+            xc.set_num_threads(count)
+            results.append(arguments(np.random.default_rng(0), 333, np.float32))
+            kernel.compiled(True)(*results[-1])
+    finally:
+        xc.set_num_threads(before)
+    for one, two in zip(*results):
+        if isinstance(one, np.ndarray):
+            np.testing.assert_array_equal(one, two)
 
 
-@pytest.mark.parametrize("kernel", [k for k in CASES if CASES[k].__name__ == "arguments"], ids=lambda k: k.__name__)
-def test_not_a_number_stays_visible(kernel):
-    arguments = CASES[kernel](np.random.default_rng(0), 9, np.float32)
+@pytest.mark.parametrize("kernel, inputs", ELEMENTWISE, ids=[kernel.__name__ for kernel, _ in ELEMENTWISE])
+def test_not_a_number_stays_visible(kernel, inputs):
+    arguments = inputs(np.random.default_rng(0), 9, np.float32)
     for array in arguments[:-1]:
         array[4] = np.nan
     kernel.compiled(False)(*arguments)

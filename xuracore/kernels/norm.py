@@ -9,7 +9,11 @@ Backward, with d = grad·w and r the reciprocal deviation, per row:
     RMS norm     dx = r (d - n mean(d n))                  dw = Σ_rows grad n
 
 RMS norm works in ``groups`` of equal width (one group is the ordinary norm; Mamba-2 gates and norms
-in groups).  Sums over rows are taken as ``(blocks, width)`` partial sums that the caller adds up: the
+in groups), and the gated form multiplies by silu(z) either before or after normalising:
+
+    gate first   y = norm(x silu(z)) w          norm first   y = norm(x) w silu(z)
+
+Sums over rows are taken as ``(blocks, width)`` partial sums that the caller adds up: the
 number of blocks depends on the shape alone, so the result does not depend on the thread count.
 Everything is C-contiguous, of one float dtype; outputs are allocated by the caller.
 """
@@ -17,6 +21,7 @@ Everything is C-contiguous, of one float dtype; outputs are allocated by the cal
 import numpy as np
 
 from xuracore.jit import REDUCE, kernel, prange
+from xuracore.kernels.fastmath import sigmoid
 
 
 def row_blocks(rows):
@@ -154,3 +159,92 @@ def rms_norm_backward(grad, x, weight, rstd, dx, dweight):
                     normal = x[i, j] * scale
                     dweight[block, j] += grad[i, j] * normal
                     dx[i, j] = scale * (grad[i, j] * weight[j] - normal * along)
+
+
+def _gate_numpy(z):
+    """silu(z) and its derivative."""
+    e = np.exp(-np.abs(z))
+    s = np.where(z >= 0, 1 / (1 + e), e / (1 + e))
+    return z * s, s * (1 + z * (1 - s))
+
+
+def gated_rms_norm_forward_numpy(x, z, weight, eps, norm_first, y, rstd):
+    """y (rows, width) and rstd (rows, groups) from x, z (rows, width), weight (width,)."""
+    gate, _ = _gate_numpy(z)
+    if norm_first:
+        rms_norm_forward_numpy(x, weight, eps, y, rstd)
+        y *= gate
+    else:
+        rms_norm_forward_numpy(x * gate, weight, eps, y, rstd)
+
+
+@kernel(twin=gated_rms_norm_forward_numpy, parallel=True, fastmath=REDUCE)
+def gated_rms_norm_forward(x, z, weight, eps, norm_first, y, rstd):
+    rows, groups = rstd.shape
+    width = x.shape[1] // groups
+    number = x.dtype.type
+    share, small = number(1 / width), number(eps)
+    for i in prange(rows):
+        for g in range(groups):
+            square = number(0)
+            if norm_first:
+                for j in range(g * width, (g + 1) * width):
+                    square += x[i, j] * x[i, j]
+                    y[i, j] = x[i, j] * z[i, j] * sigmoid(z[i, j])
+            else:
+                for j in range(g * width, (g + 1) * width):
+                    gated = x[i, j] * z[i, j] * sigmoid(z[i, j])
+                    square += gated * gated
+                    y[i, j] = gated
+            scale = number(1) / np.sqrt(square * share + small)
+            for j in range(g * width, (g + 1) * width):
+                y[i, j] *= scale * weight[j]
+            rstd[i, g] = scale
+
+
+def gated_rms_norm_backward_numpy(grad, x, z, weight, norm_first, rstd, dx, dz, dweight):
+    """dx, dz (rows, width); dweight (blocks, width) holds partial sums over rows."""
+    gate, slope = _gate_numpy(z)
+    if norm_first:
+        rms_norm_backward_numpy(grad * gate, x, weight, rstd, dx, dweight)
+        normal = x.reshape(*rstd.shape, -1) * rstd[:, :, None]
+        dz[...] = grad * weight * normal.reshape(x.shape) * slope
+    else:
+        rms_norm_backward_numpy(grad, x * gate, weight, rstd, dx, dweight)
+        dz[...] = dx * x * slope
+        dx *= gate
+
+
+@kernel(twin=gated_rms_norm_backward_numpy, parallel=True, fastmath=REDUCE)
+def gated_rms_norm_backward(grad, x, z, weight, norm_first, rstd, dx, dz, dweight):
+    rows, groups = rstd.shape
+    width = x.shape[1] // groups
+    blocks = dweight.shape[0]
+    number = x.dtype.type
+    one, share = number(1), number(1 / width)
+    for index in prange(blocks):
+        block = np.int64(index)
+        for j in range(groups * width):
+            dweight[block, j] = number(0)
+        for i in range(rows * block // blocks, rows * (block + 1) // blocks):
+            for g in range(groups):
+                scale = rstd[i, g]
+                along = number(0)
+                for j in range(g * width, (g + 1) * width):  # both orders need Σ grad w x silu(z)
+                    gate = z[i, j] * sigmoid(z[i, j])
+                    along += grad[i, j] * weight[j] * x[i, j] * gate
+                along *= share * scale
+                for j in range(g * width, (g + 1) * width):
+                    s = sigmoid(z[i, j])
+                    gate = z[i, j] * s
+                    slope = s + gate * (one - s)
+                    d = grad[i, j] * weight[j]
+                    dweight[block, j] += grad[i, j] * x[i, j] * scale * gate
+                    if norm_first:
+                        normal = x[i, j] * scale
+                        dx[i, j] = scale * (d * gate - normal * along)
+                        dz[i, j] = d * normal * slope
+                    else:
+                        inner = scale * (d - x[i, j] * gate * scale * along)
+                        dx[i, j] = inner * gate
+                        dz[i, j] = inner * x[i, j] * slope

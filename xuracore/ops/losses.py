@@ -1,0 +1,231 @@
+"""Losses: classification, regression, and the contrastive ones of the joint embedding.
+
+``reduction`` is "mean", "sum" or "none".  Sums are taken in float64, whatever the inputs are; the
+result has the dtype of the first input.
+"""
+
+import numpy as np
+
+from xuracore.errors import ConfigError, DTypeError, ShapeError
+from xuracore.kernels import activation
+from xuracore.kernels import cross_entropy as kernels
+from xuracore.ops.arrays import flat, floating, rows
+from xuracore.ops.registry import primitive
+
+
+def _reduce(loss, reduction, dtype, count=None):
+    """The reduced loss, and what each element's gradient is multiplied by."""
+    if reduction == "none":
+        return loss.astype(dtype), 1.0
+    if reduction not in ("mean", "sum"):
+        raise ConfigError(f"reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
+    share = 1.0 / max(loss.size if count is None else count, 1) if reduction == "mean" else 1.0
+    return np.asarray(np.sum(loss, dtype=np.float64) * share, dtype=dtype), share
+
+
+# ---------------------------------------------------------------------- cross-entropy
+def _cross_entropy_forward(logits, target, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    """-log softmax(logits)[target], with label smoothing (Szegedy et al. 2016).
+
+    logits (..., V); target (...) integers in [0, V), or ``ignore_index`` for positions that do not
+    count.  The mean is over the positions that count; if none does, the loss is 0.
+    label_smoothing ε : the target distribution is 1-ε on the target plus ε/V everywhere.
+    """
+    logits = floating(logits)
+    target = np.asarray(target)
+    classes = logits.shape[-1]
+    if target.dtype.kind not in "iu":
+        raise DTypeError(f"cross_entropy: target is {target.dtype}; expected integer class indices")
+    if target.shape != logits.shape[:-1]:
+        raise ShapeError(f"cross_entropy: target has shape {target.shape}; logits {logits.shape} need "
+                         f"{logits.shape[:-1]}")
+    if not 0 <= label_smoothing <= 1:
+        raise ConfigError(f"label_smoothing={label_smoothing}; expected a number in [0, 1]")
+    index = flat(target).astype(np.int64)
+    keep = index != ignore_index
+    wrong = keep & ((index < 0) | (index >= classes))
+    if wrong.any():
+        raise IndexError(f"cross_entropy: target {index[wrong][0]} is outside the {classes} classes "
+                         f"(and is not ignore_index={ignore_index})")
+    seen = rows(logits)
+    top = np.max(seen, axis=1) if seen.size else np.empty(len(seen), seen.dtype)
+    loss, log_sum = np.empty(len(seen)), np.empty(len(seen))
+    settings = int(ignore_index), float(label_smoothing)
+    kernels.cross_entropy_forward.sized(10 * seen.size)(seen, index, top, *settings, loss, log_sum)
+    value, share = _reduce(loss.reshape(target.shape), reduction, logits.dtype, np.count_nonzero(keep))
+    return value, (seen, index, top, log_sum, settings, share, logits.shape)
+
+
+def _cross_entropy_vjp(grad, saved, needs):
+    seen, index, top, log_sum, settings, share, shape = saved
+    weight = np.empty(len(seen))
+    weight[...] = flat(grad) * share
+    dx = np.empty_like(seen)
+    kernels.cross_entropy_backward.sized(10 * seen.size)(weight, seen, index, top, log_sum, *settings, dx)
+    return dx.reshape(shape), None
+
+
+def _cross_entropy_reference(logits, target, ignore_index=-100, label_smoothing=0.0, reduction="mean"):
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    keep = target != ignore_index
+    hit = np.take_along_axis(log_p, np.where(keep, target, 0)[..., None], axis=-1)[..., 0]
+    loss = -np.where(keep, (1 - label_smoothing) * hit + label_smoothing * log_p.mean(-1), 0)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / max(keep.sum(), 1)}[reduction]
+
+
+def _cross_entropy_samples(rng):
+    logits, target = 2 * rng.standard_normal((5, 4)), np.array([0, 3, -100, 2, 2])
+    for reduction in ("mean", "sum", "none"):
+        yield (logits, target), {"reduction": reduction, "label_smoothing": 0.1}
+    yield (rng.standard_normal((2, 3, 4)), rng.integers(0, 4, (2, 3))), {}
+    yield (logits, np.full(5, -100)), {}
+    yield (rng.standard_normal((2, 1)), np.zeros(2, int)), {"ignore_index": -1}
+    yield (rng.standard_normal(3), np.array(1)), {}
+
+
+cross_entropy = primitive("cross_entropy", _cross_entropy_forward, _cross_entropy_vjp,
+                          reference=_cross_entropy_reference, samples=_cross_entropy_samples)
+
+
+# ---------------------------------------------------------------------- elementwise losses
+def _same_shape(name, a, b):
+    a, b = floating(a), np.asarray(b)
+    if a.shape != b.shape:
+        raise ShapeError(f"{name}: prediction {a.shape} and target {b.shape} must have one shape")
+    return a, b.astype(a.dtype, copy=False)
+
+
+def _bce_with_logits_forward(logits, target, weight=None, reduction="mean"):
+    """softplus(x) - t x: the cross-entropy of sigmoid(x) against probabilities t.
+
+    logits, target : one shape; weight : broadcasts to it, multiplies each element's loss (the mean
+    still divides by the number of elements).
+    """
+    x, t = _same_shape("bce_with_logits", logits, target)
+    weight = None if weight is None else np.asarray(weight, dtype=x.dtype)
+    seen, positive = flat(x), np.empty(x.size, x.dtype)
+    activation.softplus_forward.sized(10 * x.size)(seen, positive)
+    loss = positive.reshape(x.shape) - t * x
+    value, share = _reduce(loss if weight is None else weight * loss, reduction, x.dtype)
+    return value, (seen, t, weight, share)
+
+
+def _bce_with_logits_vjp(grad, saved, needs):
+    seen, t, weight, share = saved
+    scaled = np.broadcast_to(grad, t.shape) * t.dtype.type(share) * (1 if weight is None else weight)
+    p = np.empty_like(seen)
+    activation.sigmoid_forward.sized(10 * seen.size)(seen, p)
+    return scaled * (p.reshape(t.shape) - t), -scaled * seen.reshape(t.shape) if needs[1] else None, None
+
+
+def _bce_with_logits_reference(x, t, weight=None, reduction="mean"):
+    loss = (np.logaddexp(0, x) - t * x) * (1 if weight is None else weight)
+    return _reduced(loss, reduction)
+
+
+def _reduced(loss, reduction):
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / max(loss.size, 1)}[reduction]
+
+
+def _bce_with_logits_samples(rng):
+    for reduction in ("mean", "sum", "none"):
+        yield (3 * rng.standard_normal((3, 4)), rng.random((3, 4))), {"reduction": reduction}
+    yield (rng.standard_normal((3, 2)), rng.random((3, 2)), (1, 2)), {}
+    yield (np.array(0.7), np.array(0.2)), {}
+    yield (rng.standard_normal((0, 2)), rng.random((0, 2))), {}
+
+
+bce_with_logits = primitive("bce_with_logits", _bce_with_logits_forward, _bce_with_logits_vjp,
+                            reference=_bce_with_logits_reference, samples=_bce_with_logits_samples)
+
+
+def _difference_loss(name, value_and_slope, reference, explanation, **attributes):
+    """An op for a loss that is a function of prediction - target, element by element."""
+
+    def forward(prediction, target, reduction="mean", **settings):
+        prediction, target = _same_shape(name, prediction, target)
+        loss, slope = value_and_slope(prediction - target, **{**attributes, **settings})
+        value, share = _reduce(loss, reduction, prediction.dtype)
+        return value, (slope, share)
+
+    def vjp(grad, saved, needs):
+        slope, share = saved
+        to_prediction = grad * slope.dtype.type(share) * slope
+        return to_prediction, -to_prediction if needs[1] else None
+
+    def samples(rng):
+        for reduction in ("mean", "sum", "none"):
+            yield tuple(3 * rng.standard_normal((2, 4, 3))), {"reduction": reduction, **attributes}
+        yield tuple(rng.standard_normal((2, 1))), dict(attributes)
+        yield tuple(rng.standard_normal((2, 0, 3))), dict(attributes)
+
+    def of_pair(prediction, target, reduction="mean", **settings):
+        return _reduced(reference(prediction - target, **{**attributes, **settings}), reduction)
+
+    forward.__doc__ = explanation
+    return primitive(name, forward, vjp, reference=of_pair, samples=samples)
+
+
+def _smooth(d, beta):
+    """d²/2β within β of zero, |d| - β/2 beyond; and its derivative."""
+    size, kind = np.abs(d), d.dtype.type
+    if beta <= 0:
+        return size, np.sign(d)
+    near = size < beta
+    return (np.where(near, d * d * kind(0.5 / beta), size - kind(0.5 * beta)),
+            np.where(near, d * kind(1 / beta), np.sign(d)))
+
+
+def _huber(d, delta):
+    value, slope = _smooth(d, delta)
+    return value * d.dtype.type(delta), slope * d.dtype.type(delta)
+
+
+mse_loss = _difference_loss("mse_loss", lambda d: (d * d, 2 * d), lambda d: d**2,
+                            "Squared difference of prediction and target (one shape).")
+l1_loss = _difference_loss("l1_loss", lambda d: (np.abs(d), np.sign(d)), np.abs,
+                           "Absolute difference of prediction and target (one shape).")
+smooth_l1_loss = _difference_loss(
+    "smooth_l1_loss", _smooth,
+    lambda d, beta: np.where(abs(d) < beta, d**2 / (2 * beta), abs(d) - beta / 2),
+    "d²/2β where |d| < β, |d| - β/2 beyond, of d = prediction - target.", beta=1.0)
+huber_loss = _difference_loss(
+    "huber_loss", _huber,
+    lambda d, delta: np.where(abs(d) < delta, d**2 / 2, delta * (abs(d) - delta / 2)),
+    "d²/2 where |d| < δ, δ (|d| - δ/2) beyond, of d = prediction - target (Huber 1964).", delta=1.0)
+
+
+# ---------------------------------------------------------------------- cosine
+def _cosine_loss_forward(prediction, target, reduction="mean", eps=1e-8):
+    """1 - cos(prediction, target) over the last axis; neither needs unit length."""
+    a, b = _same_shape("cosine_loss", prediction, target)
+    kind = a.dtype.type
+    size_a = np.maximum(np.sqrt(np.sum(a * a, axis=-1, keepdims=True)), kind(eps))
+    size_b = np.maximum(np.sqrt(np.sum(b * b, axis=-1, keepdims=True)), kind(eps))
+    a, b = a / size_a, b / size_b
+    cosine = np.sum(a * b, axis=-1, keepdims=True)
+    value, share = _reduce(1 - cosine[..., 0], reduction, a.dtype)
+    return value, (a, b, size_a, size_b, cosine, share)
+
+
+def _cosine_loss_vjp(grad, saved, needs):
+    a, b, size_a, size_b, cosine, share = saved
+    scaled = -np.broadcast_to(grad, a.shape[:-1])[..., None] * a.dtype.type(share)
+    to_a = scaled * (b - a * cosine) / size_a if needs[0] else None
+    to_b = scaled * (a - b * cosine) / size_b if needs[1] else None
+    return to_a, to_b
+
+
+def _cosine_loss_reference(a, b, reduction="mean", eps=1e-8):
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return _reduced(1 - np.sum(a * b, axis=-1) / lengths, reduction)
+
+
+def _cosine_loss_samples(rng):
+    for reduction in ("mean", "sum", "none"):
+        yield tuple(rng.standard_normal((2, 3, 4))), {"reduction": reduction}
+    yield tuple(rng.standard_normal((2, 5))), {}
+
+
+cosine_loss = primitive("cosine_loss", _cosine_loss_forward, _cosine_loss_vjp,
+                        reference=_cosine_loss_reference, samples=_cosine_loss_samples)
