@@ -33,6 +33,13 @@ from xuracore import threads
 FMA = frozenset({"contract"})
 REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
 
+# Parallelise ``prange`` loops and nothing else: kernels are explicit loops, and turning every small
+# array expression inside them into a parallel loop doubles the time to compile.
+PRANGE_ONLY = {
+    "prange": True, "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
+    "numpy": False, "stencil": False, "fusion": False,
+}  # fmt: skip
+
 PARALLEL_WORK = 200_000  # scalar operations below which one thread is faster than two
 
 KERNELS = []  # every Kernel, in order of definition: for warm-up and the tests
@@ -255,7 +262,7 @@ def _jit(python, parallel, fastmath):
         "nogil": True,
         "error_model": "numpy",
         "fastmath": set(fastmath),
-        "parallel": parallel,
+        "parallel": PRANGE_ONLY if parallel else False,
     }
     dispatcher = numba.njit(**options)(_with_compiled_globals(python, parallel))
     variant = "parallel" if parallel else "serial"
