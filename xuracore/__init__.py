@@ -7,7 +7,7 @@
     w.grad                                   # [[2, 4]]
 """
 
-from xuracore import nn, ops
+from xuracore import io, nn, ops
 from xuracore._version import __version__
 from xuracore.autograd import checkpoint, enable_grad, grad, is_grad_enabled, no_grad, value_and_grad
 from xuracore.gradcheck import gradcheck
