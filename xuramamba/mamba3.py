@@ -1,0 +1,187 @@
+"""Mamba-3 (arXiv 2603.15569): trapezoidal state update, data-dependent rotation, no short convolution.
+
+Parameters have the names and row orders of the published module, so its checkpoints load as they
+are.  Two choices of a checkpoint are not written in its config: the activation of A (softplus in the
+paper and the code until June 2026, ``heavy_tail`` since) and which coordinates rotate together
+('pair' in the single-input kernels, 'half' in the multi-input ones).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from xuracore import nn, ops
+from xuracore.config import Config, require
+from xuracore.errors import ShapeError
+from xuracore.nn import Module, Parameter, init
+from xuracore.tensor import Tensor
+
+
+class Mamba3State(NamedTuple):
+    """What one layer remembers of a sequence, whatever its length."""
+
+    theta: Tensor  # (B, H, S) accumulated rotation, modulo 2 pi
+    h: Tensor  # (B, H, P, N)
+    k: Tensor  # (B, R, H, N) the last token's key, already rotated
+    v: Tensor  # (B, H, P) the last token's value
+
+
+@dataclass(frozen=True)
+class Mamba3Config(Config):
+    """Sizes and options of one layer."""
+
+    d_model: int
+    d_state: int = 128
+    expand: int = 2
+    headdim: int = 64
+    ngroups: int = 1
+    rope_fraction: float = 0.5
+    is_mimo: bool = False
+    mimo_rank: int = 4
+    is_outproj_norm: bool = False
+    a_activation: str = "heavy_tail"
+    rotary: str = "pair"
+    dt_min: float = 1e-3
+    dt_max: float = 0.1
+    dt_init_floor: float = 1e-4
+    a_floor: float = 1e-4  # every head forgets at least this much per unit of time
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        require(self.d_model > 0 and self.d_state > 0 and self.expand > 0, "sizes must be positive")
+        require(
+            self.headdim > 0 and self.d_inner % self.headdim == 0,
+            f"headdim={self.headdim} must divide expand * d_model = {self.d_inner}",
+        )
+        require(
+            self.ngroups > 0 and self.heads % self.ngroups == 0,
+            f"ngroups={self.ngroups} must divide the {self.heads} heads",
+        )
+        require(0 <= self.rope_fraction <= 1, f"rope_fraction={self.rope_fraction}; expected 0 to 1")
+        require(self.mimo_rank > 0, f"mimo_rank={self.mimo_rank}; expected at least 1")
+        require(
+            self.a_activation in ("heavy_tail", "softplus"),
+            f"a_activation={self.a_activation!r}; expected 'heavy_tail' or 'softplus'",
+        )
+        require(self.rotary in ("pair", "half"), f"rotary={self.rotary!r}; expected 'pair' or 'half'")
+        require(
+            self.rotary == "pair" or self.d_state % 2 == 0,
+            f"rotary='half' needs an even d_state; got {self.d_state}",
+        )
+
+    @property
+    def d_inner(self):
+        return self.expand * self.d_model
+
+    @property
+    def heads(self):
+        return self.d_inner // self.headdim
+
+    @property
+    def rank(self):
+        return self.mimo_rank if self.is_mimo else 1
+
+    @property
+    def angles(self):
+        """Rotated pairs: ``rope_fraction`` of the coordinates, made even, two to a pair."""
+        return int(self.d_state * self.rope_fraction) // 2
+
+
+def heavy_tail(x):
+    """1 + x for x ≥ 0, 1/(1 - x) below: positive, slope 1 at 0, and a slow approach to 0."""
+    return ops.where(x.data >= 0, x + 1.0, 1.0 / (1.0 - ops.minimum(x, 0.0)))
+
+
+class Mamba3(Module):
+    """``y, state = mixer(x, state=None, mask=None)``, x and y (B, L, d_model).
+
+    state : what an earlier call returned; None starts afresh.  One token, many, or all at once:
+        the numbers are the same.
+    mask : (B, L), false for padding, which the state passes through unchanged and where the scan
+        gives 0.
+
+    >>> mixer = Mamba3(64, d_state=16, headdim=32, rng=np.random.default_rng(0))
+    """
+
+    def __init__(self, d_model, *, rng=None, **fields):
+        config = Mamba3Config.from_dict({"d_model": d_model, **fields})
+        rng = np.random.default_rng(0) if rng is None else rng
+        heads, rank, size = config.heads, config.rank, config.d_state
+        self.config = config
+        self.in_proj = nn.Linear(d_model, sum(self._row_counts()), bias=False, rng=rng)
+        self.dt_bias = Parameter(
+            init.inverse_softplus_steps(heads, rng, config.dt_min, config.dt_max, config.dt_init_floor)
+        )
+        # Starting at one, not zero: the state then moves before keys have learned anything.
+        self.B_bias = Parameter(init.ones((heads, rank, size)))
+        self.C_bias = Parameter(init.ones((heads, rank, size)))
+        self.B_norm = nn.RMSNorm(size, config.norm_eps)
+        self.C_norm = nn.RMSNorm(size, config.norm_eps)
+        self.D = Parameter(init.ones(heads))
+        if config.is_mimo:
+            shape = (heads, rank, config.headdim)
+            self.mimo_x = Parameter(init.ones(shape) / np.float32(rank))
+            self.mimo_z = Parameter(init.ones(shape))
+            self.mimo_o = Parameter(init.ones(shape) / np.float32(rank))
+        if config.is_outproj_norm:
+            self.norm = nn.RMSNorm(config.d_inner, config.norm_eps)
+        self.out_proj = nn.Linear(config.d_inner, d_model, bias=False, rng=rng)
+
+    def _row_counts(self):
+        c = self.config
+        keys = c.rank * c.ngroups * c.d_state
+        return c.d_inner, c.d_inner, keys, keys, c.heads, c.heads, c.heads, c.angles
+
+    def initial_state(self, batch):
+        """The state before the first token: all zeros."""
+        c, dtype = self.config, self.D.dtype
+        shapes = (
+            (batch, c.heads, c.angles),
+            (batch, c.heads, c.headdim, c.d_state),
+            (batch, c.rank, c.heads, c.d_state),
+            (batch, c.heads, c.headdim),
+        )
+        return Mamba3State(*(Tensor(np.zeros(shape, dtype)) for shape in shapes))
+
+    def forward(self, x, state=None, mask=None):
+        c = self.config
+        if x.ndim != 3 or x.shape[-1] != c.d_model:
+            raise ShapeError(f"Mamba3: x has shape {x.shape}; expected (B, L, {c.d_model})")
+        batch, length, _ = x.shape
+        z, v, k, q, step, forget, trap, angles = ops.unpack_8(self.in_proj(x), sizes=self._row_counts())
+        keyed = (batch, length, c.rank, c.ngroups, c.d_state)
+        k, q = self.B_norm(k.reshape(*keyed)), self.C_norm(q.reshape(*keyed))
+        dt = ops.softplus(step + self.dt_bias)
+        rate = heavy_tail(forget) if c.a_activation == "heavy_tail" else ops.softplus(forget)
+        a = -ops.maximum(rate, c.a_floor)
+        y, *after = ops.trapezoidal_scan(
+            q, k, v.reshape(batch, length, c.heads, c.headdim), dt, a, trap, angles,
+            self.C_bias, self.B_bias, self.D, self.mimo_x if c.is_mimo else None,
+            *(state or ()), rotary=c.rotary, mask=mask,
+        )  # fmt: skip
+        return self.out_proj(self._gate(y, z)), Mamba3State(*after)
+
+    def _gate(self, y, z):
+        """y (B, L, R, H, P) and z (B, L, Di) to (B, L, Di)."""
+        c = self.config
+        batch, length, rank = y.shape[:3]
+        if not c.is_mimo:
+            y = y.reshape(batch, length, c.d_inner)
+            if c.is_outproj_norm:
+                return ops.gated_rms_norm(
+                    y, z, self.norm.weight, eps=c.norm_eps, group_size=c.headdim, norm_before_gate=True
+                )
+            return y * ops.silu(z)
+        by_rank = (rank, c.heads * c.headdim)
+        zeta = self.mimo_z.transpose(1, 0, 2).reshape(*by_rank)
+        omega = self.mimo_o.transpose(1, 0, 2).reshape(*by_rank)
+        y = y.reshape(batch, length, *by_rank)
+        z = z.reshape(batch, length, 1, c.d_inner) * zeta
+        if c.is_outproj_norm:
+            y = ops.gated_rms_norm(
+                y, z, self.norm.weight, eps=c.norm_eps, group_size=c.headdim, norm_before_gate=True
+            )
+        else:
+            y = y * ops.silu(z)
+        return (y * omega).sum(axis=2)
