@@ -108,6 +108,10 @@ def adamw_arguments(rng, size, dtype):
     return parameter, grad, mean, grad * grad, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.19, 0.0199
 
 
+def sum_of_squares_arguments(rng, size, dtype):
+    return rng.standard_normal(size).astype(dtype), np.empty(1)
+
+
 def scatter_arguments(rng, size, dtype):
     return rng.integers(0, 5, size), rows(rng, size, dtype), np.ones((5, 7), dtype)
 
@@ -144,6 +148,7 @@ CASES = [
     (cross_entropy.cross_entropy_forward, cross_entropy_arguments),
     (cross_entropy.cross_entropy_backward, cross_entropy_backward_arguments),
     (optimizer.adamw_update, adamw_arguments),
+    (optimizer.sum_of_squares, sum_of_squares_arguments),
     (scatter.scatter_add_rows, scatter_arguments),
 ]
 

@@ -53,7 +53,7 @@ def cross_entropy_forward(logits, target, maximum, ignore_index, smoothing, loss
 def cross_entropy_backward_numpy(grad, logits, target, maximum, log_sum, ignore_index, smoothing, dx):
     """dx (rows, classes) from grad (rows,) and what the forward pass saw and kept."""
     keep = target != ignore_index
-    probability = np.exp(logits - maximum[:, None] - log_sum[:, None])
+    probability = np.exp(np.subtract(logits, maximum[:, None], dtype=np.float64) - log_sum[:, None])
     probability -= smoothing / logits.shape[1]
     probability[np.arange(len(target)), np.where(keep, target, 0)] -= 1 - smoothing
     dx[...] = np.where(keep, grad, 0)[:, None] * np.where(keep[:, None], probability, 0)

@@ -103,7 +103,7 @@ def layer_norm_backward(grad, x, weight, mean, rstd, dx, dweight, dbias):
 def rms_norm_forward_numpy(x, weight, eps, y, rstd):
     """y (rows, width) and rstd (rows, groups) from x (rows, width), weight (width,)."""
     rows, groups = rstd.shape
-    grouped = x.reshape(rows, groups, -1)
+    grouped = x.reshape(rows, groups, x.shape[1] // groups)
     rstd[...] = 1 / np.sqrt(np.mean(grouped * grouped, axis=2) + eps)
     y[...] = (grouped * rstd[:, :, None]).reshape(x.shape) * weight
 
@@ -128,7 +128,7 @@ def rms_norm_forward(x, weight, eps, y, rstd):
 def rms_norm_backward_numpy(grad, x, weight, rstd, dx, dweight):
     """dx (rows, width); dweight (blocks, width) holds partial sums over rows."""
     rows, groups = rstd.shape
-    normal = x.reshape(rows, groups, -1) * rstd[:, :, None]
+    normal = x.reshape(rows, groups, x.shape[1] // groups) * rstd[:, :, None]
     d = (grad * weight).reshape(normal.shape)
     along = np.mean(d * normal, axis=2, keepdims=True)
     dx[...] = (rstd[:, :, None] * (d - normal * along)).reshape(x.shape)
@@ -207,7 +207,7 @@ def gated_rms_norm_backward_numpy(grad, x, z, weight, norm_first, rstd, dx, dz, 
     gate, slope = _gate_numpy(z)
     if norm_first:
         rms_norm_backward_numpy(grad * gate, x, weight, rstd, dx, dweight)
-        normal = x.reshape(*rstd.shape, -1) * rstd[:, :, None]
+        normal = x.reshape(*rstd.shape, x.shape[1] // rstd.shape[1]) * rstd[:, :, None]
         dz[...] = grad * weight * normal.reshape(x.shape) * slope
     else:
         rms_norm_backward_numpy(grad, x * gate, weight, rstd, dx, dweight)

@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-from xuracore.jit import kernel, prange
+from xuracore.jit import REDUCE, kernel, prange
 
 
 def adamw_update_numpy(
@@ -43,3 +43,16 @@ def adamw_update(parameter, grad, mean, square, rate, beta1, beta2, eps, decay, 
         mean[i] = m
         square[i] = v
         parameter[i] = shrink * parameter[i] - step * m / (np.sqrt(v) * widen + small)
+
+
+def sum_of_squares_numpy(x, out):
+    """out[0] = Σ x², in float64; x (n,), out (1,) float64."""
+    out[0] = np.sum(np.square(x, dtype=np.float64))
+
+
+@kernel(twin=sum_of_squares_numpy, fastmath=REDUCE)
+def sum_of_squares(x, out):
+    total = 0.0
+    for i in range(x.size):
+        total += np.float64(x[i]) * np.float64(x[i])
+    out[0] = total
