@@ -1,5 +1,6 @@
 """Checkpoint folders: whatever happens to the writer or the disk, a whole generation is loaded."""
 
+import contextlib
 import errno
 import json
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from xuracore.errors import ConfigError, DTypeError, FormatError
-from xuracore.io import CheckpointDirectory, atomic, load_safetensors, save_json
+from xuracore.io import CheckpointDirectory, atomic, checkpoint, load_safetensors, save_json
 
 
 def parts(step):
@@ -215,14 +216,20 @@ def test_a_part_that_cannot_be_saved_changes_nothing(tmp_path):
     assert_is(directory.load(), 100)
 
 
-class Fault:
-    """Makes the k-th file-system call of the writer fail, across every function that it uses."""
+class Dead(BaseException):
+    """Nothing the process does after this reaches the disk: it was killed."""
 
-    def __init__(self, fail_at):
-        self.calls, self.fail_at, self.failed = 0, fail_at, None
+
+class Fault:
+    """Lets the k-th call that changes the disk fail; with ``dead``, every later one as well."""
+
+    CALLS = ("write", "fsync", "replace", "mkdir", "unlink", "rmdir")
+
+    def __init__(self, fail_at, dead):
+        self.calls, self.fail_at, self.dead, self.failed = 0, fail_at, dead, None
 
     def patch(self, monkeypatch):
-        for name in ("write", "fsync", "replace", "mkdir"):
+        for name in self.CALLS:
             monkeypatch.setattr(os, name, self.counted(name, getattr(os, name)))
 
     def counted(self, name, function):
@@ -230,37 +237,53 @@ class Fault:
             self.calls += 1
             if self.calls == self.fail_at:
                 self.failed = name
-                raise OSError(errno.ENOSPC, "injected")
+            if self.calls == self.fail_at or (self.dead and self.failed):
+                raise Dead if self.dead else OSError(errno.ENOSPC, "injected")
             return function(*arguments, **keywords)
 
         return called
 
 
-def test_a_failure_at_any_call_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dead", [False, True], ids=["fails", "is killed"])
+def test_a_writer_that_stops_at_any_call_loses_nothing(tmp_path, monkeypatch, dead):
     seen = set()
+    saved(tmp_path / "before", 100, 200)
     for fail_at in range(1, 1000):
-        path = tmp_path / str(fail_at)
-        directory, fault = saved(path, 100, 200, keep=2), Fault(fail_at)
-        with monkeypatch.context() as patched:
+        path = shutil.copytree(tmp_path / "before", tmp_path / str(fail_at))
+        directory, fault = CheckpointDirectory(path, keep=2), Fault(fail_at, dead)
+        with monkeypatch.context() as patched, contextlib.suppress(OSError, Dead):
             fault.patch(patched)
-            try:
-                directory.save(300, **parts(300))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
+            directory.save(300, **parts(300))
         if fault.failed is None:
             break
         seen.add(fault.failed)
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # nothing is damaged either
-            checkpoint = directory.load()
-        assert_is(checkpoint, checkpoint.step)
-        assert checkpoint.step in (200, 300)
-        assert_is(directory.load(200), 200)
-        assert not [name for name in os.listdir(path) if name.endswith(".xura-tmp")]
-        directory.save(400, **parts(400))
-        assert_is(directory.load(), 400)
-    assert seen == {"write", "fsync", "replace", "mkdir"} and fail_at > 20
+            warnings.simplefilter("error")  # nothing that is listed is damaged
+            assert directory.load().step in (200, 300)
+            for step in directory.steps():
+                assert_is(directory.load(step), step)
+        assert 200 in directory.steps()
+        if not dead and fault.failed not in ("unlink", "rmdir"):
+            assert not [name for name in os.listdir(path) if name.endswith(".xura-tmp")]
+        if fail_at % 8 == 0:
+            directory.save(400, **parts(400))
+            assert_is(directory.load(), 400)
+    assert seen == set(Fault.CALLS) and fail_at > 30
     assert_is(directory.load(), 300)
+
+
+def test_a_generation_is_on_the_disk_before_latest_names_it(tmp_path, monkeypatch):
+    events = []
+
+    def replace(source, target, real=os.replace):
+        events.append(os.path.basename(target))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(checkpoint, "sync_folder", lambda folder: events.append(("synced", folder)))
+    saved(tmp_path, 100)
+    generation = events.index("step-00000100")
+    assert events[generation:] == ["step-00000100", ("synced", tmp_path), "latest.json"]
 
 
 WRITER = """
@@ -288,9 +311,9 @@ def test_a_killed_run_resumes_from_a_whole_generation(tmp_path):
         output, _ = writer.communicate()
         finished = max(map(int, output.split()), default=step)
         if directory.steps():
-            checkpoint = directory.load()  # a warning would fail the test: nothing is damaged
-            step = checkpoint.step
-            assert_is(checkpoint, step)
+            loaded = directory.load()  # a warning would fail the test: nothing is damaged
+            step = loaded.step
+            assert_is(loaded, step)
         assert step >= finished  # what was reported as saved is there
         assert len(directory.steps()) <= 3
     assert step > 0
