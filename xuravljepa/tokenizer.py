@@ -25,7 +25,7 @@ class ByteTokenizer:
     def encode(self, text, max_length=None, add_special=False):
         """Ids of a text, int64 (length,); with ``add_special``, BOS before and EOS after.
 
-        Half a surrogate pair, which no UTF-8 can hold, becomes "?".  Raises DTypeError when ``text`` is not
+        Half a surrogate pair becomes "?".  Raises DTypeError when ``text`` is not
         a string, ShapeError when the ids would be more than ``max_length``: no text is cut in silence.
         """
         if not isinstance(text, str):
@@ -35,8 +35,9 @@ class ByteTokenizer:
             ids = [BOS, *ids, EOS]
         if max_length is not None and len(ids) > max_length:
             shown = text if len(text) <= 60 else text[:57] + "..."
-            raise ShapeError(f"the text needs {len(ids)} tokens (one per byte{', BOS and EOS' * add_special}), "
-                             f"the limit is {max_length}: {shown!r}; shorten it or raise the limit")
+            extra = ", BOS and EOS" if add_special else ""
+            raise ShapeError(f"the text needs {len(ids)} tokens (one per byte{extra}), the limit is "
+                             f"{max_length}: {shown!r}; shorten it or raise the limit")
         return np.array(ids, np.int64)
 
     def encode_batch(self, texts, length=None, add_special=False):

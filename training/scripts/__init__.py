@@ -1,0 +1,1 @@
+"""Commands that make data, train and evaluate; each explains itself with --help."""
