@@ -5,7 +5,7 @@ object, its neighbours included, so that each visual token learns to carry its o
 """
 import numpy as np
 
-from training.data.questions import SceneTables
+from training.data.questions import QUESTION_TYPES, SceneTables
 from training.data.scenes import COLOURS, IMAGE_SIZE, SHAPES, SIZES
 from xuracore.errors import ConfigError
 
@@ -14,7 +14,9 @@ CELL_TARGETS = {       # name: number of classes (the offsets' depends on the gr
     "present": 2, "colour": len(COLOURS), "shape": len(SHAPES), "size": len(SIZES),
     "nearest_colour": len(COLOURS), "nearest_shape": len(SHAPES), "nearest_size": len(SIZES),
     "furthest_shape": len(SHAPES), "same_shape_count": 6,
+    "left_shape": len(SHAPES), "right_shape": len(SHAPES), "above_shape": len(SHAPES), "below_shape": len(SHAPES),
 }
+_SIDES = {"left of": "left_shape", "right of": "right_shape", "above": "above_shape", "below": "below_shape"}
 SCENE_TARGETS = {"shape_count": len(SHAPES), "size_count": len(SIZES)}
 _COLOUR, _SHAPE, _SIZE = ({name: i for i, name in enumerate(names)} for names in (COLOURS, SHAPES, SIZES))
 
@@ -26,7 +28,8 @@ def scene_targets(scene, grid=8):
     answer is too close a call (``MIN_GAP``): ``colour``, ``shape``, ``size`` (indices into COLOURS, SHAPES,
     SIZES), ``offset_x``, ``offset_y`` (the centre's pixel inside the patch), ``nearest_colour``,
     ``nearest_shape``, ``nearest_size``, ``furthest_shape``, ``same_shape_count`` (how many *other* objects
-    share the shape).  ``present`` is 0 or 1 everywhere.  Per scene: ``shape_count`` (3,),
+    share the shape), ``left_shape`` … ``below_shape`` (the shape of the only object on that side, where there
+    is just one).  ``present`` is 0 or 1 everywhere.  Per scene: ``shape_count`` (3,),
     ``size_count`` (2,).
 
     Raises ConfigError unless ``grid`` divides 64 into patches of at most 8 pixels: larger ones could hold
@@ -55,6 +58,9 @@ def scene_targets(scene, grid=8):
             cells["nearest_size"][at] = _SIZE[near.size]
         if furthest is not None:
             cells["furthest_shape"][at] = _SHAPE[scene.objects[furthest].shape]
+    where = {thing.colour: (thing.y // patch, thing.x // patch) for thing in scene.objects}
+    for (side, colour), shape, _ in QUESTION_TYPES["two_hop"].candidates(tables):
+        cells[_SIDES[side]][where[colour]] = _SHAPE[shape]
     cells["shape_count"] = np.array([len(tables.by_shape[s]) for s in SHAPES])
     cells["size_count"] = np.array([len(tables.by_size[z]) for z in SIZES])
     return cells

@@ -1,0 +1,27 @@
+"""The residual layer that predictor, Y-Encoder and Y-Decoder are made of."""
+
+from xuracore import nn
+from xuramamba import Mamba3
+from xuravljepa import angn
+
+
+class Layer(nn.Module):
+    """h + mixer(gate(norm h)); without ``gates`` the gate is left out.
+
+    h (B, L, d_model) and the mixer's state in, both out.  mask (B, L) or None: where False, the state
+    passes by untouched.  modality (L,): the kind of each position, for the gate.
+    """
+
+    def __init__(self, config, *, rng, gates=False):
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.gate = angn.Gate(config.d_model) if gates else None
+        self.mixer = Mamba3(config.d_model, d_state=config.d_state, expand=config.expand,
+                            headdim=config.headdim, rng=rng)
+        self.mixer.out_proj.weight.data /= config.n_layers**0.5  # the sum of n branches keeps the size of one
+
+    def forward(self, h, state=None, mask=None, modality=None):
+        z = self.norm(h)
+        if self.gate is not None:
+            z = self.gate(z, modality)
+        y, state = self.mixer(z, state, mask=mask)
+        return h + y, state

@@ -1,0 +1,188 @@
+"""VL-JEPA: X-Encoder, predictor, Y-Encoder and Y-Decoder as one model.
+
+The model answers by meaning: it predicts the embedding of the answer, and the nearest known answer (or
+the decoder's text) is what it says.  It knows nothing of tools; the agent owns that loop.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from xuracore import io, nn, no_grad, ops
+from xuracore.errors import ConfigError, FormatError, ShapeError
+from xuravljepa import image as images
+from xuravljepa.decoder import Decoder
+from xuravljepa.predictor import Predictor
+from xuravljepa.presets import PRESETS, VLJEPAConfig
+from xuravljepa.text import TextEncoder
+from xuravljepa.tokenizer import PAD, SEP, TOOL, ByteTokenizer
+from xuravljepa.vit import VisionTransformer
+
+CAPTION_QUERY = "what is in the image?"
+SHIPPED = Path(__file__).parent / "pretrained"
+_LOG_SCALE = (0.0, math.log(100.0))  # bounds of the learned inverse temperature, as in CLIP
+
+
+class VLJEPA(nn.Module):
+    """See the module's text.  ``x_encoder`` is frozen in every phase but 0."""
+
+    def __init__(self, config, *, rng=None):
+        rng = np.random.default_rng(0) if rng is None else rng
+        self.config = config
+        self.x_encoder = VisionTransformer(config.vision, rng=rng)
+        self.predictor = Predictor(config.predictor, rng=rng)
+        self.y_encoder = TextEncoder(config.text, rng=rng)
+        self.y_decoder = Decoder(config.decoder, rng=rng)
+        self.log_scale = nn.Parameter(np.array(math.log(1 / 0.07), np.float32))
+        self._tokenizer = ByteTokenizer()
+        self._bank = None
+
+    # ------------------------------------------------------------------ inputs
+    def pixels(self, image):
+        """A path, array or PIL image → (1, 3, S, S) float32, normalised for this model."""
+        size = self.config.vision.image_size
+        return images.load(image, size, self.config.mean, self.config.std)[None]
+
+    def query_tokens(self, questions):
+        """Texts → (B, L) ids padded with PAD.  ShapeError names a question that is too long or empty."""
+        for question in questions:
+            if not question.strip():
+                raise ShapeError("the question is empty")
+        ids = [self._tokenizer.encode(question.strip().lower(), self.config.predictor.max_query)
+               for question in questions]
+        return _padded(ids)
+
+    def tool_tokens(self, results):
+        """Texts of tool results → (B, L) ids: TOOL, the bytes, SEP."""
+        return _padded([[TOOL, *self._tokenizer.encode(text, self.config.predictor.max_query), SEP]
+                        for text in results])
+
+    @no_grad()
+    def visual_tokens(self, pixels):
+        """pixels (B, 3, S, S) → (B, 1 + n, d) array; the X-Encoder is frozen."""
+        return np.asarray(getattr(self.x_encoder(pixels), "data"))
+
+    # ------------------------------------------------------------------ answers
+    def encode_answers(self, texts):
+        """Texts → (n, E) Tensor, on the tape while training."""
+        return self.y_encoder.encode(list(texts))
+
+    @no_grad()
+    def answer_bank(self):
+        """(answers, their embeddings (n, E)), computed once; ``forget_bank`` after the Y-Encoder changed."""
+        if not self.config.answers:
+            raise ConfigError("this model was taught no closed set of answers; use decode=True")
+        if self._bank is None:
+            self._bank = list(self.config.answers), self.encode_answers(self.config.answers).data
+        return self._bank
+
+    def forget_bank(self):
+        """Let the next ``answer_bank`` encode the answers again."""
+        self._bank = None
+
+    def similarities(self, embedding):
+        """(B, E) → (B, n) cosines to the answers of the bank."""
+        return np.asarray(getattr(embedding, "data", embedding)) @ self.answer_bank()[1].T
+
+    @property
+    def scale(self):
+        """Inverse temperature of the answers' softmax."""
+        return float(np.exp(np.clip(self.log_scale.data, *_LOG_SCALE)))
+
+    def clamp_scale(self):
+        """Keep the learned temperature within its bounds; called after each optimizer step."""
+        np.clip(self.log_scale.data, *_LOG_SCALE, out=self.log_scale.data)
+
+    # ------------------------------------------------------------------ what users call
+    @no_grad()
+    def embed(self, image, question=CAPTION_QUERY):
+        """The predicted embedding (E,) of the answer to ``question`` about ``image``."""
+        visual = None if image is None else self.visual_tokens(self.pixels(image))
+        return self.predictor(self.query_tokens([question]), visual).embedding.data[0]
+
+    @no_grad()
+    def answer(self, image, question, decode=False, constrained=True):
+        """The answer as text: the nearest of the known answers.
+
+        decode : let the Y-Decoder write it; ``constrained`` then limits it to the known answers.
+        """
+        embedding = self.embed(image, question)
+        if decode:
+            allowed = list(self.config.answers) if constrained and self.config.answers else None
+            return self.y_decoder.generate(embedding, allowed=allowed)[0]
+        return self.answer_bank()[0][int(self.similarities(embedding[None]).argmax())]
+
+    @no_grad()
+    def classify(self, image, labels, question=CAPTION_QUERY):
+        """(the best of ``labels``, cosines (n,)) for an open set of label texts."""
+        labels = list(labels)
+        if not labels:
+            raise ShapeError("no labels were given to choose from")
+        cosines = self.encode_answers(labels).data @ self.embed(image, question)
+        return labels[int(cosines.argmax())], cosines
+
+    @no_grad()
+    def retrieve(self, text, bank, k=5):
+        """The ``k`` entries of ``bank`` that fit ``text`` best: [(index, cosine)], best first.
+
+        bank : (n, E) embeddings, as ``embed`` gives them, or a list of images.
+        """
+        if not isinstance(bank, np.ndarray) or bank.ndim != 2:
+            bank = np.stack([self.embed(image) for image in bank])
+        if bank.shape[1] != self.config.text.embed_dim:
+            raise ShapeError(f"the bank is {bank.shape}; expected (n, {self.config.text.embed_dim})")
+        cosines = bank @ self.encode_answers([text]).data[0]
+        order = np.argsort(-cosines, kind="stable")[:k]
+        return [(int(i), float(cosines[i])) for i in order]
+
+    # ------------------------------------------------------------------ files
+    def save_pretrained(self, directory, metadata=None):
+        """Write ``config.json`` and ``model.safetensors``."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        io.save_safetensors(directory / "model.safetensors", self.state_dict(), metadata)
+        io.save_json(directory / "config.json", {"model_type": "xura-vljepa", **self.config.to_dict()})
+
+    @classmethod
+    def from_pretrained(cls, source):
+        """A folder written by ``save_pretrained``, or the name of a preset.
+
+        ``"tiny"`` comes trained, with the package; ``"small"`` and ``"base"`` start from random weights.
+        Raises FormatError for damaged files, StateDictError where names or shapes do not fit.
+        """
+        if str(source) in PRESETS and not Path(source).exists():
+            if not (SHIPPED / str(source) / "model.safetensors").exists():
+                return cls(VLJEPAConfig.preset(str(source))).eval()
+            source = SHIPPED / str(source)
+        source = Path(source)
+        if not source.is_dir():
+            raise FormatError(f"no such folder, and no preset (presets: {', '.join(PRESETS)})", source)
+        settings = io.load_json(source / "config.json")
+        kind = settings.pop("model_type", None) if isinstance(settings, dict) else None
+        if kind != "xura-vljepa":
+            raise FormatError(f"model_type is {kind!r}; expected 'xura-vljepa'", source / "config.json")
+        model = cls(VLJEPAConfig.from_dict(settings))
+        model.load_state_dict(io.load_safetensors(source / "model.safetensors"))
+        return model.eval()
+
+
+def _padded(rows):
+    ids = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
+    for row, line in zip(rows, ids):
+        line[: len(row)] = row
+    return ids
+
+
+def contrastive_loss(model, embedding, answers):
+    """Unique-target multi-positive InfoNCE between predictions (B, E) and their answers (B texts).
+
+    Equal answers are one target, since batches of questions repeat few answers; the model's other known
+    answers serve as further negatives.  Returns (loss, (B,) bool: the right target was nearest).
+    """
+    unique = sorted({*answers, *model.config.answers})
+    position = {text: i for i, text in enumerate(unique)}
+    target = np.array([position[text] for text in answers])
+    encoded = model.encode_answers(unique)
+    nearest = (embedding.data @ encoded.data.T).argmax(axis=1)
+    return ops.multi_positive_info_nce(embedding, encoded, target, model.log_scale), nearest == target

@@ -1,0 +1,147 @@
+"""The predictor: visual tokens and a question in, the embedding of the answer out.
+
+A causal model sees order, so the question is read twice and the answer is pooled from READ tokens that
+come last:
+
+    [query] [visual] ([TOOL text]) [query] [READ × m]
+
+Per layer: norm → gate (ANGN) → Mamba-3 mixer → residual.  Then the final norm, the mean over the READ
+tokens, ``pred_head``, and L2 normalisation.  What was seen lives in the states, one per layer, so that
+``look`` ([query][visual]) and ``read`` ([query][READ]) can be called apart, with a tool's result written
+into the states in between.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from xuracore import nn, ops
+from xuracore.config import Config, require
+from xuracore.nn import init
+from xuravljepa import angn
+from xuravljepa.layer import Layer
+from xuravljepa.tokenizer import PAD
+
+
+@dataclass(frozen=True)
+class PredictorConfig(Config):
+    """Sizes of the predictor; ``vision_dim`` is the X-Encoder's width, ``embed_dim`` the shared space's."""
+
+    d_model: int = 1024
+    n_layers: int = 12
+    d_state: int = 128
+    expand: int = 2
+    headdim: int = 64
+    vision_dim: int = 1024
+    query_dim: int = 1024
+    vocab_size: int = 264
+    embed_dim: int = 1536
+    n_read: int = 4
+    gates: bool = True
+    max_query: int = 512  # tokens of a question; longer ones are refused
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        require(self.n_read >= 1, f"n_read is {self.n_read}; at least one READ token is needed")
+        require(self.d_model * self.expand % self.headdim == 0,
+                f"expand × d_model = {self.d_model * self.expand} is not a multiple of headdim {self.headdim}")
+
+
+class Reading(NamedTuple):
+    """What one reading gives: embedding (B, E) of unit length, pooled READ features (B, d), states."""
+
+    embedding: object
+    pooled: object
+    states: list
+
+
+class Predictor(nn.Module):
+    """See the module's text.  All masks are (B, L) booleans, True for real tokens."""
+
+    def __init__(self, config, *, rng):
+        self.config = config
+        d = config.d_model
+        self.token_embedding = nn.Embedding(config.vocab_size, config.query_dim, rng=rng, std=1.0)
+        self.query_proj = nn.Linear(config.query_dim, d, rng=rng)
+        self.vision_proj = nn.Linear(config.vision_dim, d, rng=rng)
+        self.read_tokens = nn.Parameter(init.normal((config.n_read, d), rng, 1.0))
+        self.layers = nn.ModuleList(Layer(config, rng=rng, gates=config.gates) for _ in range(config.n_layers))
+        self.final_norm = nn.RMSNorm(d, config.norm_eps)
+        self.pred_head = nn.Linear(d, config.embed_dim, rng=rng)
+
+    # ------------------------------------------------------------------ segments: (tokens, mask, modality)
+    def _query(self, ids, modality=angn.QUERY):
+        """ids (B, L) padded with PAD → tokens (B, L, d), mask, modality of each position."""
+        tokens = self.query_proj(self.token_embedding(ids))
+        return tokens, ids != PAD, np.full(ids.shape[1], modality)
+
+    def _visual(self, visual):
+        tokens = self.vision_proj(visual)
+        return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.VISUAL)
+
+    def _read(self, batch):
+        shape = (batch, *self.read_tokens.shape)
+        tokens = ops.broadcast_to(self.read_tokens, shape=shape)
+        return tokens, np.ones(shape[:2], bool), np.full(shape[1], angn.READ)
+
+    def run(self, segments, states=None, bias=None, bias_layer=None):
+        """Run segments through the layers.
+
+        segments : list of (tokens (B, L, d), mask (B, L), modality (L,)).
+        bias : (B, d), added to the stream after layer ``bias_layer`` (the residual mode of injection).
+        Returns hidden (B, L, d) before the final norm, and one state per layer.
+        """
+        tokens = [s[0] for s in segments]
+        h = ops.concatenate(*tokens, axis=1) if len(tokens) > 1 else tokens[0]
+        mask = np.concatenate([s[1] for s in segments], axis=1)
+        mask = None if mask.all() else mask
+        modality = np.concatenate([s[2] for s in segments])
+        states = [None] * len(self.layers) if states is None else states
+        after = []
+        for index, (layer, state) in enumerate(zip(self.layers, states)):
+            h, state = layer(h, state, mask, modality)
+            if bias is not None and index == bias_layer:
+                h = h + bias.reshape(bias.shape[0], 1, bias.shape[1])
+            after.append(state)
+        return h, after
+
+    def _pool(self, h, states):
+        pooled = self.final_norm(h[:, -self.config.n_read :]).mean(axis=1)
+        return Reading(ops.l2_normalize(self.pred_head(pooled)), pooled, states)
+
+    # ------------------------------------------------------------------ entry points
+    def forward(self, query, visual=None, tool=None):
+        """The whole sequence at once.
+
+        query (B, Lq) byte tokens padded with PAD; visual (B, n, vision_dim) or None (text only);
+        tool (B, Lt) tokens of a tool's result, or None.  Returns a :class:`Reading`.
+        """
+        segments = [self._query(query)]
+        if visual is not None:
+            segments.append(self._visual(visual))
+        if tool is not None:
+            segments.append(self._query(tool, angn.TOOL))
+        segments += [self._query(query), self._read(len(query))]
+        return self._pool(*self.run(segments))
+
+    def look(self, query, visual, states=None):
+        """[query][visual] → the states after it, one per layer."""
+        segments = [self._query(query)] + ([self._visual(visual)] if visual is not None else [])
+        return self.run(segments, states)[1]
+
+    def hear(self, tool, states):
+        """The tokens (B, L) of a tool's result read after ``states`` → the states after it."""
+        return self.run([self._query(tool, angn.TOOL)], states)[1]
+
+    def read(self, query, states, bias=None, bias_layer=None):
+        """[query][READ] from given states → :class:`Reading`; ``look`` then ``read`` equals ``forward``."""
+        h, states = self.run([self._query(query), self._read(len(query))], states, bias, bias_layer)
+        return self._pool(h, states)
+
+    def gate_activation(self):
+        """(layers, B) mean gate of the last call, or None without gates."""
+        if not self.config.gates:
+            return None
+        return np.stack([layer.gate.activation for layer in self.layers])
+

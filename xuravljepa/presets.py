@@ -1,0 +1,72 @@
+"""Sizes that are known to fit together: ``tiny``, ``small`` and ``base``."""
+
+from dataclasses import dataclass, field
+
+from xuracore.config import Config, require
+from xuracore.errors import ConfigError
+from xuravljepa.decoder import DecoderConfig
+from xuravljepa.predictor import PredictorConfig
+from xuravljepa.text import TextEncoderConfig
+from xuravljepa.vit import VitConfig
+
+
+@dataclass(frozen=True)
+class VLJEPAConfig(Config):
+    """All parts of a VL-JEPA, and the closed set of answers it was taught.
+
+    answers : texts that ``answer`` chooses from; an empty tuple means free decoding.
+    mean, std : normalisation of the pixels.
+    """
+
+    vision: VitConfig = field(default_factory=VitConfig.large)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    answers: tuple = ()
+    mean: tuple = (0.5, 0.5, 0.5)
+    std: tuple = (0.5, 0.5, 0.5)
+
+    def __post_init__(self):
+        width = self.predictor.embed_dim
+        require(self.text.embed_dim == width and self.decoder.embed_dim == width,
+                f"embed_dim differs: predictor {width}, text {self.text.embed_dim}, decoder {self.decoder.embed_dim}")
+        require(self.predictor.vision_dim == self.vision.d_model,
+                f"predictor.vision_dim {self.predictor.vision_dim} is not vision.d_model {self.vision.d_model}")
+
+    @classmethod
+    def tiny(cls):
+        """About 1.6 M parameters: learns generated scenes on two cores within the hour."""
+        return cls(
+            vision=VitConfig.tiny(),
+            predictor=PredictorConfig(d_model=96, n_layers=4, d_state=32, headdim=32, vision_dim=96, query_dim=64,
+                                      embed_dim=64, n_read=2, max_query=64),
+            text=TextEncoderConfig(d_model=64, n_layers=1, d_state=16, headdim=32, max_length=64, embed_dim=64),
+            decoder=DecoderConfig(d_model=64, n_layers=2, d_state=16, headdim=32, prefix_length=4, max_length=64,
+                                  embed_dim=64),
+        )
+
+    @classmethod
+    def small(cls):
+        """ViT-S/16 at 224 pixels, a predictor of 6 layers × 384: for training on a workstation."""
+        return cls(
+            vision=VitConfig.small(),
+            predictor=PredictorConfig(d_model=384, n_layers=6, d_state=64, vision_dim=384, query_dim=384,
+                                      embed_dim=512, max_query=256),
+            text=TextEncoderConfig(d_model=256, n_layers=4, d_state=64, max_length=256, embed_dim=512),
+            decoder=DecoderConfig(d_model=256, n_layers=4, d_state=64, embed_dim=512),
+        )
+
+    @classmethod
+    def base(cls):
+        """ViT-L/16, 12 Mamba-3 layers × 1024 with 128 states, shared space of 1536."""
+        return cls()
+
+    @classmethod
+    def preset(cls, name):
+        """``tiny``, ``small`` or ``base``; ConfigError for any other name."""
+        if name not in PRESETS:
+            raise ConfigError(f"there is no preset {name!r}; choose one of {', '.join(PRESETS)}")
+        return getattr(cls, name)()
+
+
+PRESETS = ("tiny", "small", "base")

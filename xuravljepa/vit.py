@@ -1,0 +1,271 @@
+"""The X-Encoder: a Vision Transformer (Dosovitskiy et al. 2021).
+
+patches → linear embedding → [CLS] + learned positions → pre-norm blocks → final norm.
+
+Parameters have timm's names.  Weights saved by timm or by Hugging Face's ViT (the files on the hub
+and the names newer versions write) are recognised by their names; see ``canonical_state``.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from xuracore import io, nn, ops
+from xuracore.config import Config, require
+from xuracore.errors import FormatError, ShapeError
+from xuracore.nn import init
+
+
+@dataclass(frozen=True)
+class VitConfig(Config):
+    """Sizes of a Vision Transformer.  Lengths in pixels or numbers of features."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    d_model: int = 768
+    depth: int = 12
+    n_heads: int = 12
+    mlp_ratio: float = 4.0
+    norm_eps: float = 1e-6  # timm; Hugging Face's ViT uses 1e-12
+
+    def __post_init__(self):
+        require(self.image_size % self.patch_size == 0,
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
+        require(self.d_model % self.n_heads == 0,
+                f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+
+    @property
+    def n_patches(self):
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def tiny(cls):
+        """For 64-pixel scenes: 64 patches of 8 × 8."""
+        return cls(image_size=64, patch_size=8, d_model=96, depth=6, n_heads=4)
+
+    @classmethod
+    def small(cls):
+        """ViT-S/16 (22 M parameters)."""
+        return cls(d_model=384, n_heads=6)
+
+    @classmethod
+    def large(cls):
+        """ViT-L/16 (303 M parameters)."""
+        return cls(d_model=1024, depth=24, n_heads=16)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; ``qkv`` rows are queries, keys, values."""
+
+    def __init__(self, dim, n_heads, *, rng):
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(dim, 3 * dim, rng=rng)
+        self.proj = nn.Linear(dim, dim, rng=rng)
+
+    def forward(self, x):
+        batch, length, dim = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.n_heads, dim // self.n_heads)
+        q, k, v = (part for part in qkv.transpose(2, 0, 3, 1, 4))  # each (B, heads, L, width)
+        y = ops.attention(q, k, v)
+        return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, dim))
+
+
+class Mlp(nn.Module):
+    """Linear, GELU (exact), linear."""
+
+    def __init__(self, dim, hidden, *, rng):
+        self.fc1 = nn.Linear(dim, hidden, rng=rng)
+        self.fc2 = nn.Linear(hidden, dim, rng=rng)
+
+    def forward(self, x):
+        return self.fc2(ops.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm1 x), then x + mlp(norm2 x)."""
+
+    def __init__(self, config, *, rng):
+        dim = config.d_model
+        self.norm1 = nn.LayerNorm(dim, config.norm_eps)
+        self.attn = Attention(dim, config.n_heads, rng=rng)
+        self.norm2 = nn.LayerNorm(dim, config.norm_eps)
+        self.mlp = Mlp(dim, round(dim * config.mlp_ratio), rng=rng)
+
+    def forward(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches as one matrix product; ``proj`` has a convolution's weight (D, 3, P, P)."""
+
+    def __init__(self, patch_size, dim, *, rng):
+        self.patch_size = patch_size
+        self.proj = nn.Module()
+        self.proj.weight = nn.Parameter(init.uniform((dim, 3, patch_size, patch_size), rng,
+                                                     1 / math.sqrt(3 * patch_size**2)))
+        self.proj.bias = nn.Parameter(init.zeros(dim))
+
+    def forward(self, pixels):
+        batch, channels, height, width = pixels.shape
+        p = self.patch_size
+        rows, columns = height // p, width // p
+        patches = pixels.reshape(batch, channels, rows, p, columns, p).transpose(0, 2, 4, 1, 3, 5)
+        flat = patches.reshape(batch, rows * columns, channels * p * p)
+        dim = self.proj.weight.shape[0]
+        return ops.linear(flat, self.proj.weight.reshape(dim, -1), self.proj.bias)
+
+
+class VisionTransformer(nn.Module):
+    """pixels (B, 3, H, W) float32, normalised → tokens (B, 1 + n, d_model) after the final norm.
+
+    H and W are multiples of the patch size.  Another size than ``config.image_size`` interpolates
+    the learned positions (bicubic, a = -0.75, as Hugging Face's ViT does).  Token 0 is [CLS].
+    """
+
+    def __init__(self, config, *, rng=None):
+        rng = np.random.default_rng(0) if rng is None else rng
+        self.config = config
+        dim = config.d_model
+        self.cls_token = nn.Parameter(init.truncated_normal((1, 1, dim), rng))
+        self.pos_embed = nn.Parameter(init.truncated_normal((1, 1 + config.n_patches, dim), rng))
+        self.patch_embed = PatchEmbed(config.patch_size, dim, rng=rng)
+        self.blocks = nn.ModuleList(Block(config, rng=rng) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(dim, config.norm_eps)
+        for depth, block in enumerate(self.blocks, 1):  # residual branches start small, as in the JEPA repositories
+            block.attn.proj.weight.data /= math.sqrt(2 * depth)
+            block.mlp.fc2.weight.data /= math.sqrt(2 * depth)
+
+    def forward(self, pixels):
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            raise ShapeError(f"pixels have shape {pixels.shape}; expected (batch, 3, height, width)")
+        p = self.config.patch_size
+        if pixels.shape[2] % p or pixels.shape[3] % p:
+            raise ShapeError(f"image of {pixels.shape[2]} × {pixels.shape[3]} pixels; both must be multiples of {p}")
+        x = self.patch_embed(pixels)
+        cls = ops.broadcast_to(self.cls_token, shape=(x.shape[0], 1, x.shape[2]))
+        x = ops.concatenate(cls, x, axis=1) + self._positions(pixels.shape[2] // p, pixels.shape[3] // p)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def _positions(self, rows, columns):
+        side = self.config.image_size // self.config.patch_size
+        if (rows, columns) == (side, side):
+            return self.pos_embed
+        grid = self.pos_embed[:, 1:].reshape(side, side, -1)
+        grid = ops.einsum(bicubic_matrix(side, rows), grid, equation="ri,ijd->rjd")
+        grid = ops.einsum(bicubic_matrix(side, columns), grid, equation="cj,rjd->rcd")
+        return ops.concatenate(self.pos_embed[:, :1], grid.reshape(1, rows * columns, -1), axis=1)
+
+    @classmethod
+    def from_pretrained(cls, directory):
+        """Read a folder holding ``config.json`` and ``model.safetensors`` of a ViT, ours, timm's or Hugging Face's.
+
+        Raises FormatError for damaged or foreign files, StateDictError if names or shapes do not fit.
+        """
+        directory = Path(directory)
+        state = canonical_state(io.load_safetensors(directory / "model.safetensors"))
+        settings = io.load_json(directory / "config.json") if (directory / "config.json").exists() else {}
+        model = cls(config_of(state, settings))
+        model.load_state_dict(state)
+        return model
+
+    def save_pretrained(self, directory):
+        """Write ``config.json`` and ``model.safetensors``, readable by :meth:`from_pretrained`."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        io.save_safetensors(directory / "model.safetensors", self.state_dict())
+        io.save_json(directory / "config.json", {"model_type": "xura-vit", **self.config.to_dict()})
+
+
+def bicubic_matrix(old, new):
+    """(new, old) float32: cubic convolution with a = -0.75, half-pixel centres, clamped borders, no antialias."""
+    a = -0.75
+    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    first = np.floor(centres).astype(int)
+    matrix = np.zeros((new, old))
+    for tap in range(-1, 3):
+        distance = np.abs(centres - (first + tap))
+        near = (a + 2) * distance**3 - (a + 3) * distance**2 + 1
+        far = a * distance**3 - 5 * a * distance**2 + 8 * a * distance - 4 * a
+        weight = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
+        np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), weight)
+    return matrix.astype(np.float32)
+
+
+# ---------------------------------------------------------------------- names in other people's files
+_PREFIX = re.compile(r"^(?:module\.|vit\.|backbone\.|visual\.trunk\.|vision_encoder\.)+")
+_ALIASES = [
+    (r"embeddings\.cls_token", "cls_token"),
+    (r"embeddings\.position_embeddings", "pos_embed"),
+    (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_before\.(weight|bias)", r"blocks.\1.norm1.\2"),
+    (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_after\.(weight|bias)", r"blocks.\1.norm2.\2"),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", r"blocks.\1.attn.\2.\3"),
+    (r"layers\.(\d+)\.attention\.q_proj\.(weight|bias)", r"blocks.\1.attn.query.\2"),
+    (r"layers\.(\d+)\.attention\.k_proj\.(weight|bias)", r"blocks.\1.attn.key.\2"),
+    (r"layers\.(\d+)\.attention\.v_proj\.(weight|bias)", r"blocks.\1.attn.value.\2"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (r"layers\.(\d+)\.attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
+    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
+    (r"encoder\.layer\.(\d+)\.output\.dense\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
+    (r"layers\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
+    (r"layernorm\.(weight|bias)", r"norm.\1"),
+]
+_IGNORED = re.compile(r"^(head|classifier|pooler|fc_norm)\.|mask_token$")
+_FOREIGN = {
+    r"norm_pre\.|ln_pre\.|visual\.conv1": "a CLIP tower",
+    r"attn_pool\.|vision_model\.head\.": "a SigLIP tower",
+    r"weights_in|mlp\.w12|mlp\.w3": "a DINOv2 model with SwiGLU",
+    r"rope|patch_embeddings\.proj\.": "a model with rotary positions (EVA or V-JEPA 2)",
+}
+
+
+def canonical_state(state):
+    """Rename a ViT's tensors to timm's names, joining separate q, k, v; heads and poolers are left out.
+
+    state : {name: array} as read.  Raises FormatError naming the family if it is no plain ViT.
+    """
+    renamed, parts = {}, {}
+    for name, array in state.items():
+        for pattern, family in _FOREIGN.items():
+            if re.search(pattern, name):
+                raise FormatError(f"this is {family}, which is not a plain Vision Transformer", entry=name)
+        short = _PREFIX.sub("", name)
+        if _IGNORED.search(short):
+            continue
+        for pattern, target in _ALIASES:
+            match = re.fullmatch(pattern, short)
+            if match:
+                short = match.expand(target)
+                break
+        joined = re.fullmatch(r"(blocks\.\d+\.attn\.)(query|key|value)(\.weight|\.bias)", short)
+        if joined:
+            parts.setdefault(joined[1] + "qkv" + joined[3], {})[joined[2]] = array
+        else:
+            renamed[short] = array
+    for name, pieces in parts.items():
+        if set(pieces) != {"query", "key", "value"}:
+            raise FormatError(f"has only {sorted(pieces)} of query, key and value", entry=name)
+        renamed[name] = np.concatenate([pieces["query"], pieces["key"], pieces["value"]])
+    return renamed
+
+
+def config_of(state, settings):
+    """VitConfig from the tensors' shapes; heads and epsilon, which no shape shows, from ``config.json``."""
+    try:
+        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError) as error:
+        raise FormatError(f"these are not the tensors of a Vision Transformer: {error}") from None
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    heads = settings.get("n_heads", settings.get("num_attention_heads", settings.get("num_heads", max(dim // 64, 1))))
+    hugging_face = "num_attention_heads" in settings
+    eps = settings.get("norm_eps", settings.get("layer_norm_eps", 1e-12 if hugging_face else 1e-6))
+    return VitConfig(image_size=side * patch, patch_size=patch, d_model=dim, depth=depth, n_heads=heads,
+                     mlp_ratio=hidden / dim, norm_eps=eps)
