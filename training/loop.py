@@ -1,0 +1,418 @@
+"""The training loop: one step after the other, each a pure function of the state and the step number.
+
+    trainer = Trainer(model, loss_function, optimizer, schedule, batches, TrainerConfig(steps=1000), "runs/one")
+    result = trainer.run(resume=True)
+    sys.exit(result.exit_code)
+
+``loss_function(model, batch, rng)`` returns ``(loss, metrics)``: a Tensor of one element, the mean over
+the batch, and a dict of numbers to log.  ``batches.batch(i)`` returns batch number i, a pure function of
+i.  ``rng`` is a Philox generator keyed by (seed, i).  So a resumed run draws what an uninterrupted one
+would have drawn, and its tensors are equal bit for bit (same machine, same number of threads).
+"""
+
+import contextlib
+import math
+import shutil
+import signal
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import xuracore as xc
+from training import checkpoint
+from training.optim import ExponentialMovingAverage, clip_grad_norm, grad_norm
+from training.progress import MetricLog, ProgressLine, peak_megabytes
+from xuracore.config import Config, require
+from xuracore.errors import ConfigError, XuraError
+from xuracore.io import CheckpointDirectory
+
+TIMINGS = ("seconds", "samples_per_second", "data_seconds", "peak_mb")  # log entries that no seed fixes
+
+
+class TrainingDiverged(XuraError, ArithmeticError):
+    """Loss or gradients were not finite for too many steps in a row."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig(Config):
+    """How to train; what to train is given to the Trainer itself."""
+
+    steps: int  # optimizer steps in all
+    accumulate: int = 1  # batches per step; their gradients are averaged
+    clip: float | None = 1.0  # largest norm of all gradients together; None: no clipping
+    ema_decay: float | None = None  # keep averaged weights; evaluation uses them
+    seed: int = 0
+    log_every: int = 10  # steps per log record, which holds means over them
+    save_every: int = 0  # steps between checkpoints; 0: only when the run ends or is interrupted
+    keep: int = 2  # checkpoints that stay
+    evaluate_every: int = 0  # steps between evaluations; 0: none
+    monitor: str | None = None  # name of the evaluated number that decides which weights are best
+    monitor_mode: str = "max"  # "max" or "min"
+    patience: int = 0  # evaluations without improvement after which to stop; 0: never
+    max_skips: int = 10  # steps in a row that are not finite before giving up
+    prefetch: bool = True  # make the next batch in a thread meanwhile
+    progress_seconds: float = 10.0  # between lines where the output is no terminal
+
+    def __post_init__(self):
+        for name in ("steps", "accumulate", "log_every", "keep", "max_skips"):
+            require(getattr(self, name) >= 1, f"TrainerConfig.{name} is {getattr(self, name)}; at least 1 is needed")
+        for name in ("save_every", "evaluate_every", "patience", "seed"):
+            require(getattr(self, name) >= 0, f"TrainerConfig.{name} is {getattr(self, name)}; it is at least 0")
+        require(self.clip is None or self.clip > 0, f"TrainerConfig.clip is {self.clip}; give a positive norm or None")
+        require(self.monitor_mode in ("max", "min"), f"monitor_mode is {self.monitor_mode!r}; 'max' or 'min'")
+        require(not self.patience or self.monitor, "patience needs the name of a number to monitor")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.  ``reason`` is "finished", "patience", "stop_at", "SIGINT" or "SIGTERM"."""
+
+    step: int
+    reason: str
+    best: float | None = None
+
+    @property
+    def exit_code(self):
+        """130 after Ctrl-C, as shells expect; 0 otherwise (a requested end is not a failure)."""
+        return 130 if self.reason == "SIGINT" else 0
+
+
+class Trainer:
+    """Trains ``model``; see the head of this file.
+
+    output_dir : receives metrics.jsonl, checkpoints/ and, with a monitored number, best/.  None writes
+        nothing.
+    evaluate : ``evaluate(model, step) -> {name: number}``, run without gradients on the averaged weights
+        where there are any.
+    after_step : ``after_step(model)``, for constraints such as a clamped temperature.
+    describe : JSON data that says what is trained (model and data configuration); saved in config.json,
+        and a run is only resumed under the same description.
+    generators : further {name: Generator} whose states belong to the run.
+    stream : where progress goes, None for silence.
+    """
+
+    def __init__(
+        self, model, loss_function, optimizer, schedule, batches, config, output_dir=None, *, evaluate=None,
+        after_step=None, describe=None, generators=None, stream=sys.stderr,
+    ):  # fmt: skip
+        self.model, self.loss_function, self.optimizer = model, loss_function, optimizer
+        self.schedule, self.batches, self.config = schedule, batches, config
+        self.output_dir = None if output_dir is None else Path(output_dir)
+        self.evaluate, self.after_step, self.describe = evaluate, after_step, describe
+        self.generators, self.stream = dict(generators or {}), stream
+        self.average = None
+        if config.ema_decay is not None:
+            self.average = ExponentialMovingAverage(optimizer.named_parameters(), config.ema_decay)
+        self.step, self.skipped = 0, 0
+        self._skips_in_a_row, self._window = 0, _Window()
+        self._best, self._waited = None, 0
+        self._stop, self._log, self._line, self._saved_at = None, None, None, None
+
+    # ------------------------------------------------------------------ the run
+    def run(self, resume=False, overwrite=False, stop_at=None):
+        """Train to ``config.steps`` and return a :class:`TrainingResult`.
+
+        resume : go on from the latest whole checkpoint in ``output_dir``, if there is one.
+        overwrite : delete an earlier run in ``output_dir``; without either, ConfigError protects it.
+        stop_at : end after this step instead, with a checkpoint, as an interruption would.
+
+        Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second Ctrl-C ends
+        it at once.
+        """
+        resumed = self._open(resume, overwrite)
+        self._line = ProgressLine(self.config.steps, self.stream, self.config.progress_seconds)
+        if resumed:
+            self._line.say(f"resumed at step {self.step} from {self.output_dir}")
+        try:
+            with self._signals(), self._batch_source() as batches:
+                reason = self._steps(batches, stop_at)
+            if self.output_dir is not None and self._saved_at != self.step:
+                self.save()
+            if reason in ("SIGINT", "SIGTERM", "stop_at"):
+                self._line.say(f"{reason}: stopped after step {self.step}" + self._where_saved())
+        finally:
+            self._line.close()
+            if self._log is not None:
+                self._log.close()
+        return TrainingResult(self.step, reason, self._best)
+
+    def _steps(self, batches, stop_at):
+        """Train until something ends it; returns what."""
+        self.model.train()
+        while self.step < self.config.steps:
+            if self._stop is not None:
+                return self._stop
+            if self._out_of_patience():
+                return "patience"
+            if stop_at is not None and self.step >= stop_at:
+                return "stop_at"
+            self._one_step(batches)
+        return "finished"
+
+    def _where_saved(self):
+        return "" if self.output_dir is None else f", saved in {self.output_dir}; resume to go on"
+
+    def _one_step(self, batches):
+        config = self.config
+        started = time.perf_counter()
+        losses, metrics, samples, waited = [], {}, 0, 0.0
+        self.optimizer.zero_grad()
+        for part in range(config.accumulate):
+            index = self.step * config.accumulate + part
+            before = time.perf_counter()
+            batch = batches(index)
+            waited += time.perf_counter() - before
+            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # _update looks at the result
+                loss, values = self.loss_function(self.model, batch, self._rng(index))
+                losses.append(loss.item())
+                if math.isfinite(losses[-1]):
+                    (loss * (1.0 / config.accumulate) if config.accumulate > 1 else loss).backward()
+            samples += _batch_size(batch)
+            for name, value in values.items():
+                metrics.setdefault(name, []).append(float(value))
+        rate, mean_loss = float(self.schedule(self.step)), float(np.mean(losses))
+        norm = self._update(mean_loss, rate)
+        self.step += 1
+        record = {"loss": mean_loss, **{k: float(np.mean(v)) for k, v in metrics.items()}, "grad_norm": norm}
+        self._window.add(record, samples, time.perf_counter() - started, waited)
+        self._line.show(self.step, {"loss": record["loss"], "lr": rate})
+        self._report(rate)
+
+    def _update(self, loss, rate):
+        """Clip and step, unless loss or gradient is not finite; returns the norm of the gradient."""
+        parameters = list(self.optimizer.parameters())
+        norm = grad_norm(parameters) if self.config.clip is None else clip_grad_norm(parameters, self.config.clip)
+        if math.isfinite(norm) and math.isfinite(loss):
+            self._skips_in_a_row = 0
+            self.optimizer.step(rate)
+            if self.after_step is not None:
+                self.after_step(self.model)
+            if self.average is not None:
+                self.average.update()
+            return norm
+        self.skipped += 1
+        self._skips_in_a_row += 1
+        self._line.say(f"step {self.step + 1} skipped: loss {loss:g}, gradient norm {norm:g}")
+        if self._skips_in_a_row >= self.config.max_skips:
+            raise TrainingDiverged(
+                f"loss or gradient was not finite in {self._skips_in_a_row} steps in a row, up to step "
+                f"{self.step + 1} (loss {loss:g}, gradient norm {norm:g}); lower the learning rate or look at "
+                "the batch of that step"
+            )
+        return norm
+
+    def _report(self, rate):
+        config = self.config
+        if self.step % config.log_every == 0 or self.step == config.steps:
+            self._write({"split": "train", **self._window.close(), "lr": rate, "skipped": self.skipped})
+        if config.evaluate_every and self.evaluate and (
+            self.step % config.evaluate_every == 0 or self.step == config.steps
+        ):
+            self._evaluate()
+        if config.save_every and self.step % config.save_every == 0 and self.output_dir is not None:
+            self.save()
+
+    def _evaluate(self):
+        with self.averaged(), xc.no_grad():
+            self.model.eval()
+            values = {name: float(v) for name, v in self.evaluate(self.model, self.step).items()}
+            self.model.train()
+            monitor = self.config.monitor
+            if monitor is not None and monitor not in values:
+                raise ConfigError(f"monitor={monitor!r} is not among the evaluated {sorted(values)}")
+            if monitor is not None:
+                self._judge(values[monitor])
+        self._write({"split": "validation", **values})
+        self._line.say("  ".join([f"step {self.step}: validation"] + [f"{k} {v:.4g}" for k, v in values.items()]))
+
+    def _judge(self, value):
+        """Keep the weights of the moment in best/ if ``value`` is the best so far."""
+        sign = 1 if self.config.monitor_mode == "max" else -1
+        if math.isfinite(value) and (self._best is None or sign * value > sign * self._best):
+            self._best, self._waited = value, 0
+            if self.output_dir is not None:
+                best = CheckpointDirectory(self.output_dir / "best", keep=1)
+                best.save(self.step, self.model.state_dict(), config=self._description())
+        else:
+            self._waited += 1
+
+    def _out_of_patience(self):
+        return bool(self.config.patience) and self._waited >= self.config.patience
+
+    def averaged(self):
+        """Context in which the model holds its averaged weights (its own, if none are kept)."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    # ------------------------------------------------------------------ where batches and chance come from
+    def _rng(self, index):
+        return np.random.Generator(np.random.Philox(key=np.array([self.config.seed, index], np.uint64)))
+
+    @contextlib.contextmanager
+    def _batch_source(self):
+        """A function from a batch number to the batch; the next one is made meanwhile in a thread."""
+        if not self.config.prefetch:
+            yield self.batches.batch
+            return
+        last = self.config.steps * self.config.accumulate
+        pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
+        ready = {}
+
+        def get(index):
+            future = ready.pop(index, None) or pool.submit(self.batches.batch, index)
+            if index + 1 < last:
+                batch = future.result()
+                ready[index + 1] = pool.submit(self.batches.batch, index + 1)
+                return batch
+            return future.result()
+
+        try:
+            yield get
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def _signals(self):
+        """Turn the first SIGINT or SIGTERM into a request to stop; only the main thread may."""
+        self._stop = None
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request(number, frame):
+            if self._stop is not None:
+                raise KeyboardInterrupt
+            self._stop = signal.Signals(number).name
+            self._line.say(f"{self._stop}: finishing this step, then saving; once more stops at once")
+
+        earlier = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    # ------------------------------------------------------------------ files
+    def _directory(self):
+        return CheckpointDirectory(self.output_dir / "checkpoints", keep=self.config.keep)
+
+    def _description(self):
+        return {"trainer": self.config.to_dict(), "run": self.describe}
+
+    def save(self):
+        """Write a checkpoint of this moment; returns its folder."""
+        progress = {
+            "skipped": self.skipped, "skips_in_a_row": self._skips_in_a_row, "window": self._window.state(),
+            "best": self._best, "waited": self._waited,
+        }  # fmt: skip
+        self._saved_at = self.step
+        return checkpoint.save(
+            self._directory(), self.step, self.model, self.optimizer, self.average, self.generators, progress,
+            self._description(),
+        )  # fmt: skip
+
+    def resume(self, step=None):
+        """Load the latest whole checkpoint (or that of ``step``); raises if there is none or it does not fit."""
+        found = checkpoint.load(
+            self._directory(), self.model, self.optimizer, self.average, self.generators, step
+        )
+        self.step, progress, config, trainer = found
+        self._check_description(config)
+        self.skipped, self._skips_in_a_row = progress["skipped"], progress["skips_in_a_row"]
+        self._window = _Window(**progress["window"])
+        self._best, self._waited, self._saved_at = progress["best"], progress["waited"], self.step
+        if trainer["threads"] != xc.get_num_threads():
+            warnings.warn(
+                f"the run used {trainer['threads']} threads, now there are {xc.get_num_threads()}: sums may "
+                "round differently, so the result is not bit for bit that of an uninterrupted run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def _check_description(self, config):
+        """ConfigError if the saved run differs in anything that its numbers depend on."""
+        saved, now = (config or {}).get("trainer", {}), self.config.to_dict()
+        names = ("accumulate", "clip", "ema_decay", "seed", "log_every")
+        differences = [f"{n} was {saved.get(n)!r}, is {now[n]!r}" for n in names if saved.get(n) != now[n]]
+        if (config or {}).get("run") != _as_json(self.describe):
+            differences.append("the description of model and data is another")
+        if differences:
+            raise ConfigError(f"cannot resume {self.output_dir}: " + "; ".join(differences))
+
+    def _open(self, resume, overwrite):
+        """Prepare ``output_dir``; returns whether a run was resumed."""
+        if self.output_dir is None:
+            return False
+        directory, log = self._directory(), self.output_dir / "metrics.jsonl"
+        exists = bool(directory.steps())
+        if exists and resume:
+            self.resume()
+        elif exists and not overwrite:
+            raise ConfigError(
+                f"{self.output_dir} holds a run at step {directory.steps()[-1]}; resume it, choose another folder, "
+                "or ask to overwrite it"
+            )
+        elif exists:
+            shutil.rmtree(directory.path)
+            shutil.rmtree(self.output_dir / "best", ignore_errors=True)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self._log = MetricLog(log, self.step if exists and resume else None)
+        return exists and resume
+
+    def _write(self, record):
+        if self._log is not None:
+            self._log.write({"step": self.step, **record})
+
+
+class _Window:
+    """Means over the steps since the last log record."""
+
+    def __init__(self, steps=0, samples=0, seconds=0.0, data_seconds=0.0, sums=None):
+        self.steps, self.samples, self.seconds, self.data_seconds = steps, samples, seconds, data_seconds
+        self.sums = dict(sums or {})  # name -> [sum of the finite values, how many]
+
+    def add(self, record, samples, seconds, data_seconds):
+        self.steps += 1
+        self.samples += samples
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+        for name, value in record.items():
+            if math.isfinite(value):
+                total, count = self.sums.get(name, (0.0, 0))
+                self.sums[name] = [total + value, count + 1]
+
+    def state(self):
+        return dict(vars(self))
+
+    def close(self):
+        """The means as a dict, and an empty window."""
+        record = {name: total / count for name, (total, count) in self.sums.items()}
+        record.update(
+            seconds=round(self.seconds, 3),
+            samples_per_second=round(self.samples / max(self.seconds, 1e-9), 1),
+            data_seconds=round(self.data_seconds, 3),
+            peak_mb=peak_megabytes(),
+        )
+        self.__init__()
+        return record
+
+
+def _batch_size(batch):
+    """How many samples: the length of the first array of a dict or tuple, or of the batch itself."""
+    if isinstance(batch, dict):
+        batch = next(iter(batch.values()))
+    elif isinstance(batch, tuple):
+        batch = batch[0]
+    return len(batch)
+
+
+def _as_json(value):
+    """``value`` as it comes back from a JSON file: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: _as_json(part) for key, part in value.items()}
+    return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
