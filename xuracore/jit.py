@@ -220,6 +220,20 @@ class Kernel:
             self._call = call
         return call
 
+    def split(self, tasks, work):
+        """The function to call for a kernel over ``range(start, stop)`` of ``tasks`` independent tasks.
+
+        The kernel's first two parameters are ``start`` and ``stop``; they are filled in here, and its
+        twin, which does all tasks at once, has no such parameters.  Threads take equal runs of
+        tasks: ``scan.split(batch, work)(x, y)``.  Handing over a run costs some 60 µs, more than
+        entering a ``prange``, but a long kernel compiles three times faster without one.
+        """
+        if backend() == "numpy":
+            return self.twin
+        call = self._compiled.get(False) or self.compiled()
+        runs = min(tasks, threads.get_num_threads()) if work >= PARALLEL_WORK else 1
+        return functools.partial(_in_runs, call, tasks, max(1, runs))
+
     def compiled(self, parallel=False):
         """The Numba dispatcher, built on first use."""
         with _compile_lock:
@@ -228,6 +242,19 @@ class Kernel:
                 dispatcher = _Locked(_jit(self.python, parallel, self.fastmath))
                 self._compiled[parallel] = dispatcher
             return dispatcher
+
+
+def _in_runs(call, tasks, runs, *arguments):
+    """``call(start, stop, *arguments)`` for ``runs`` equal parts of ``tasks``, each on its own thread."""
+    bounds = [tasks * i // runs for i in range(runs + 1)]
+    others = [
+        threads.pool().submit(call, start, stop, *arguments) for start, stop in zip(bounds[1:-1], bounds[2:])
+    ]
+    try:
+        call(0, bounds[1], *arguments)
+    finally:
+        for other in others:
+            other.result()
 
 
 class _Locked:

@@ -10,12 +10,15 @@ import functools
 import math
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from xuracore.errors import ConfigError
 
 _threads = None  # chosen by set_num_threads; None until then
 _numba = None  # set once Numba is loaded
+_pool, _pool_lock = None, threading.Lock()
 _forked = False  # True in a forked child, where an OpenMP pool does not survive
 
 
@@ -94,6 +97,16 @@ def parallel_allowed():
     return not _forked and get_num_threads() > 1
 
 
+def pool():
+    """The Python threads that kernels hand runs of tasks to; a forked child makes its own."""
+    global _pool
+    if _pool is None:
+        with _pool_lock:
+            if _pool is None:
+                _pool = ThreadPoolExecutor(max(1, available_cpus() - 1), thread_name_prefix="xura")
+    return _pool
+
+
 @functools.cache
 def _blas_setters():
     """Thread-count setters of the OpenBLAS that NumPy loaded; empty for other BLAS libraries."""
@@ -115,8 +128,8 @@ def _blas_setters():
 
 
 def _after_fork():
-    global _forked
-    _forked = True
+    global _forked, _pool, _pool_lock
+    _forked, _pool, _pool_lock = True, None, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

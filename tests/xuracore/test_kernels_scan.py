@@ -1,10 +1,13 @@
 """Every scan kernel does what its NumPy twin does, whatever the shapes, and the same on each run."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xuracore import jit
 from xuracore.kernels import trapezoid
 
 
@@ -32,7 +35,14 @@ def _unwritten(shapes, dtype):
     return [np.full(shape, np.nan, dtype) for shape in shapes]
 
 
-def _trapezoid_forward(run, inputs, half, block):
+def _call(kernel, tasks, runs):
+    """What to call: the twin (runs = 0), or the kernel with its tasks cut into runs."""
+    if runs == 0 or jit.backend() == "numpy":
+        return kernel.twin
+    return functools.partial(jit._in_runs, kernel.compiled(), tasks, min(runs, tasks))
+
+
+def _trapezoid_forward(inputs, half, block, runs):
     q, v, angles = inputs[0], inputs[2], inputs[6]
     batch, length, rank, _, size = q.shape
     heads, width = v.shape[2:]
@@ -40,17 +50,18 @@ def _trapezoid_forward(run, inputs, half, block):
     shapes = [(batch, length, rank, heads, width)] + [x.shape for x in inputs[12:]]
     shapes += [(batch, heads, blocks, size, width), (batch, heads, blocks, angles.shape[3])]
     out = _unwritten(shapes, q.dtype)
-    run(*inputs, half, block, *out)
+    _call(trapezoid.trapezoid_forward, batch * heads, runs)(*inputs, half, block, *out)
     return out
 
 
-def _trapezoid_backward(run, inputs, half, block, parts, saved, cotangents):
+def _trapezoid_backward(inputs, half, block, parts, saved, cotangents, runs):
     q, angles = inputs[0], inputs[6]
     runs = q.shape[3] * parts if angles.shape[2] == 1 else 1
     shapes = [(parts, *q.shape), (parts, *q.shape)] + [x.shape for x in inputs[2:6]] + [(runs, *angles.shape)]
     shapes += [(len(q), *x.shape) for x in inputs[7:11]] + [x.shape for x in inputs[12:]]
     out = _unwritten(shapes, q.dtype)
-    run(*inputs[:12], *inputs[14:], half, block, *saved, *cotangents, *out)
+    call = _call(trapezoid.trapezoid_backward, len(q) * q.shape[3] * parts, runs)
+    call(*inputs[:12], *inputs[14:], half, block, *saved, *cotangents, *out)
     return out
 
 
@@ -68,9 +79,8 @@ def test_trapezoid_equals_its_twin(
     inputs = _trapezoid_inputs(
         rng, batch, length, rank, groups, per_group, size, width, turns, shared, masked, np.float64
     )  # fmt: skip
-    forward, backward = trapezoid.trapezoid_forward, trapezoid.trapezoid_backward
-    got = _trapezoid_forward(forward.sized(0), inputs, half, block)
-    want = _trapezoid_forward(forward.twin, inputs, half, block)
+    got = _trapezoid_forward(inputs, half, block, runs=1)
+    want = _trapezoid_forward(inputs, half, block, runs=0)
     for i in (1, 6):  # angles near 0 and near 2 pi are the same
         np.testing.assert_allclose(np.exp(1j * got[i]), np.exp(1j * want[i]), atol=1e-12)
     for i in (0, 2, 3, 4, 5):
@@ -78,8 +88,8 @@ def test_trapezoid_equals_its_twin(
     cotangents = [rng.standard_normal(x.shape) for x in got[:5]]
     parts = per_group if split else 1
     for x, y in zip(
-        _trapezoid_backward(backward.sized(0), inputs, half, block, parts, got[5:], cotangents),
-        _trapezoid_backward(backward.twin, inputs, half, block, parts, want[5:], cotangents),
+        _trapezoid_backward(inputs, half, block, parts, got[5:], cotangents, runs=1),
+        _trapezoid_backward(inputs, half, block, parts, want[5:], cotangents, runs=0),
     ):
         np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-10)
 
@@ -88,23 +98,21 @@ def test_trapezoid_in_float32_is_near_float64():
     rng = np.random.default_rng(1)
     wide = _trapezoid_inputs(rng, 2, 150, 1, 1, 2, 32, 8, 8, True, False, np.float64)
     narrow = [x if x.dtype == np.uint8 else x.astype(np.float32) for x in wide]
-    got = _trapezoid_forward(trapezoid.trapezoid_forward.sized(0), narrow, False, 16)
-    want = _trapezoid_forward(trapezoid.trapezoid_forward.twin, wide, False, 16)
+    got = _trapezoid_forward(narrow, False, 16, runs=1)
+    want = _trapezoid_forward(wide, False, 16, runs=0)
     assert got[0].dtype == np.float32
     for i in (0, 2, 3):
         scale = np.abs(want[i]).max()
         np.testing.assert_allclose(got[i], want[i], rtol=0, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("parallel", [0, 10**9])
-def test_trapezoid_gives_the_same_bits_on_any_number_of_threads(parallel):
+@pytest.mark.parametrize("runs", [2, 3, 5])
+def test_trapezoid_gives_the_same_bits_on_any_number_of_threads(runs):
     rng = np.random.default_rng(2)
     inputs = _trapezoid_inputs(rng, 3, 20, 1, 1, 2, 8, 4, 2, True, False, np.float32)
-    forward, backward = trapezoid.trapezoid_forward, trapezoid.trapezoid_backward
-    serial = _trapezoid_forward(forward.sized(0), inputs, False, 8)
-    other = _trapezoid_forward(forward.sized(parallel), inputs, False, 8)
-    cotangents = [np.ones_like(x) for x in serial[:5]]
-    serial += _trapezoid_backward(backward.sized(0), inputs, False, 8, 1, serial[5:], cotangents)
-    other += _trapezoid_backward(backward.sized(parallel), inputs, False, 8, 1, other[5:], cotangents)
-    for x, y in zip(serial, other):
+    one, several = (_trapezoid_forward(inputs, False, 8, n) for n in (1, runs))
+    cotangents = [np.ones_like(x) for x in one[:5]]
+    one += _trapezoid_backward(inputs, False, 8, 2, one[5:], cotangents, 1)
+    several += _trapezoid_backward(inputs, False, 8, 2, several[5:], cotangents, runs)
+    for x, y in zip(one, several):
         assert x.tobytes() == y.tobytes()

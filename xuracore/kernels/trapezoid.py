@@ -31,18 +31,19 @@ recomputes one block at a time into a scratch that stays in the L2 cache.
 
 import numpy as np
 
-from xuracore.jit import REDUCE, kernel, prange
+from xuracore.jit import REDUCE, kernel
 from xuracore.kernels.fastmath import cosine_sine, exp, sigmoid, tanh, wrap_angle
 from xuracore.kernels.trapezoid_numpy import trapezoid_backward_numpy, trapezoid_forward_numpy
 
 
-@kernel(twin=trapezoid_forward_numpy, parallel=True, fastmath=REDUCE)
+@kernel(twin=trapezoid_forward_numpy, fastmath=REDUCE)
 def trapezoid_forward(
+    start, stop,
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask,
     theta_0, h_0, k_0, v_0, half, block,
     y, theta_last, h_last, k_last, v_last, saved_h, saved_theta,
 ):  # fmt: skip
-    """Scan L tokens.  Writes everything from ``y`` on; parallel over sequences and heads.
+    """Scan L tokens.  Writes everything from ``y`` on.  Tasks: the B * H heads of all sequences.
 
     saved_h ``(B, H, ceil(L / block), N, P)`` and saved_theta ``(B, H, ceil(L / block), S)`` receive
     the state before tokens 0, block, 2 block …
@@ -53,9 +54,8 @@ def trapezoid_forward(
     turns = angles.shape[3]
     shared = angles.shape[2] == 1
     zero, one, pi = q.dtype.type(0), q.dtype.type(1), q.dtype.type(np.pi)
-    for task in prange(batch * heads):
-        b = np.int64(task) // heads
-        j = np.int64(task) % heads
+    for task in range(start, stop):
+        b, j = task // heads, task % heads
         g = j // per_group
         at = 0 if shared else j
         alpha, gamma, s = np.empty(length, q.dtype), np.empty(length, q.dtype), np.empty(length, q.dtype)
@@ -70,7 +70,9 @@ def trapezoid_forward(
                 ahead = (one - mix) * dt[b, t, j]
 
         state = np.empty((size, width), q.dtype)
-        theta = theta_0[b, j].copy()
+        theta = np.empty(turns, q.dtype)
+        for i in range(turns):
+            theta[i] = theta_0[b, j, i]
         cosine, sine = np.empty(turns, q.dtype), np.empty(turns, q.dtype)
         kr, qr = np.empty((rank, size), q.dtype), np.empty((rank, size), q.dtype)
         vr, out = np.empty((rank, width), q.dtype), np.empty((rank, width), q.dtype)
@@ -83,10 +85,15 @@ def trapezoid_forward(
         last = -1
         for t in range(length):
             if t % block == 0:
-                saved_h[b, j, t // block] = state
-                saved_theta[b, j, t // block] = theta
+                for n in range(size):
+                    for p in range(width):
+                        saved_h[b, j, t // block, n, p] = state[n, p]
+                for i in range(turns):
+                    saved_theta[b, j, t // block, i] = theta[i]
             if mask[b, t] == 0:
-                y[b, t, :, j, :] = zero
+                for r in range(rank):
+                    for p in range(width):
+                        y[b, t, r, j, p] = zero
                 continue
             last = t
             for i in range(turns):
@@ -138,7 +145,8 @@ def trapezoid_forward(
             for r in range(rank):
                 for p in range(width):
                     y[b, t, r, j, p] = out[r, p]
-        theta_last[b, j] = theta
+        for i in range(turns):
+            theta_last[b, j, i] = theta[i]
         for p in range(width):
             v_last[b, j, p] = v[b, last, j, p] if last >= 0 else v_0[b, j, p]
             for n in range(size):
@@ -148,14 +156,15 @@ def trapezoid_forward(
                 k_last[b, r, j, n] = kr[r, n] if last >= 0 else k_0[b, r, j, n]
 
 
-@kernel(twin=trapezoid_backward_numpy, parallel=True, fastmath=REDUCE)
+@kernel(twin=trapezoid_backward_numpy, fastmath=REDUCE)
 def trapezoid_backward(
+    start, stop,
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask,
     k_0, v_0, half, block, saved_h, saved_theta,
     gy, gtheta_last, gh_last, gk_last, gv_last,
     gq, gk, gv, gdt, ga, gtrap, gangles, gq_bias, gk_bias, gskip, gpsi, gtheta_0, gh_0, gk_0, gv_0,
 ):  # fmt: skip
-    """Gradients of :func:`trapezoid_forward`; writes everything from ``gq`` on.
+    """Gradients of :func:`trapezoid_forward`; writes everything from ``gq`` on.  B * G * parts tasks.
 
     Heads that share a group also share gq and gk, and all heads share gangles when J = 1.  One task
     walks a run of heads one after another, so there is one partial per run, summed by the caller:
@@ -171,14 +180,18 @@ def trapezoid_backward(
     shared = angles.shape[2] == 1
     zero, one, pi = q.dtype.type(0), q.dtype.type(1), q.dtype.type(np.pi)
     blocks = (length + block - 1) // block
-    for task in prange(batch * groups * parts):
-        b = np.int64(task) // (groups * parts)
-        slot = np.int64(task) % (groups * parts)
+    for task in range(start, stop):
+        b, slot = task // (groups * parts), task % (groups * parts)
         g, part = slot // parts, slot % parts
-        gq[part, b, :, :, g, :] = zero
-        gk[part, b, :, :, g, :] = zero
-        if shared:
-            gangles[slot, b] = zero
+        for t in range(length):
+            for r in range(rank):
+                for n in range(size):
+                    gq[part, b, t, r, g, n] = zero
+                    gk[part, b, t, r, g, n] = zero
+            if shared:
+                for i in range(turns):
+                    gangles[slot, b, t, 0, i] = zero
+        theta, dtheta = np.empty(turns, q.dtype), np.empty(turns, q.dtype)
         rate = np.empty((length, turns), q.dtype)  # pi tanh(angles): shared by the run where J = 1
         alpha, gamma, s = np.empty(length, q.dtype), np.empty(length, q.dtype), np.empty(length, q.dtype)
         mix = np.empty(length, q.dtype)
@@ -207,25 +220,32 @@ def trapezoid_backward(
                     ahead = (one - mix[t]) * dt[b, t, j]
                     last = max(last, t)
 
-            gq_bias[b, j] = zero
-            gk_bias[b, j] = zero
-            gpsi[b, j] = zero
+            for r in range(rank):
+                for n in range(size):
+                    gq_bias[b, j, r, n] = zero
+                    gk_bias[b, j, r, n] = zero
+                for p in range(width):
+                    gpsi[b, j, r, p] = zero
             dskip = zero
             for n in range(size):
                 for p in range(width):
                     grad[n, p] = gh_last[b, j, p, n]
-            dtheta = gtheta_last[b, j].copy()
+            for i in range(turns):
+                dtheta[i] = gtheta_last[b, j, i]
             following = -1  # the real token after t
             for done in range(blocks):
                 index = blocks - 1 - done
-                start = index * block
-                stop = min(start + block, length)
-                state[:, :] = saved_h[b, j, index]
-                theta = saved_theta[b, j, index].copy()
-                for t in range(start, stop):
+                opening = index * block
+                closing = min(opening + block, length)
+                for n in range(size):
+                    for p in range(width):
+                        state[n, p] = saved_h[b, j, index, n, p]
+                for i in range(turns):
+                    theta[i] = saved_theta[b, j, index, i]
+                for t in range(opening, closing):
                     if mask[b, t] == 0:
                         continue
-                    o = t - start
+                    o = t - opening
                     for i in range(turns):
                         theta[i] = wrap_angle(theta[i] + rate[t, i] * dt[b, t, j])
                         cosine[o, i], sine[o, i] = cosine_sine(theta[i])
@@ -256,16 +276,18 @@ def trapezoid_backward(
                             for p in range(width):
                                 state[n, p] += push * vr[r, p]
 
-                for back in range(stop - start):
-                    t = stop - 1 - back
-                    o = t - start
+                for back in range(closing - opening):
+                    t = closing - 1 - back
+                    o = t - opening
                     if mask[b, t] == 0:
                         gdt[b, t, j] = zero
                         ga[b, t, j] = zero
                         gtrap[b, t, j] = zero
-                        gv[b, t, j] = zero
+                        for p in range(width):
+                            gv[b, t, j, p] = zero
                         if not shared:
-                            gangles[0, b, t, j] = zero
+                            for i in range(turns):
+                                gangles[0, b, t, j, i] = zero
                         continue
                     decay, gain = alpha[t], s[t]
                     for r in range(rank):
@@ -378,7 +400,8 @@ def trapezoid_backward(
                         gtrap[b, f, j] -= dt[b, f, j] * dgain * mix[f] * (one - mix[f])
                     following = t
 
-            gtheta_0[b, j] = dtheta
+            for i in range(turns):
+                gtheta_0[b, j, i] = dtheta[i]
             dahead = zero
             for p in range(width):
                 gv_0[b, j, p] = zero if following >= 0 else gv_last[b, j, p]

@@ -106,7 +106,7 @@ def _trapezoidal_scan_forward(
         )
     ]
     work = 8 * batch * length * heads * rank * width * size
-    trapezoid.trapezoid_forward.sized(work)(*inputs, real, *state, rotary == "half", block, *empty)
+    trapezoid.trapezoid_forward.split(batch * heads, work)(*inputs, real, *state, rotary == "half", block, *empty)
     outputs, stored = tuple(empty[:5]), empty[5:]
     return outputs, (inputs, real, state, rotary == "half", block, stored, angles.ndim, work)
 
@@ -123,7 +123,7 @@ def _trapezoidal_scan_vjp(grad, saved, needs):
     partials = {0: (parts, *q.shape), 1: (parts, *q.shape), 6: (runs, *angles.shape)}
     partials.update({i: (batch, *inputs[i].shape) for i in (7, 8, 9, 10)})
     out = [np.empty(partials.get(i, x.shape), q.dtype) for i, x in enumerate(inputs + state)]
-    trapezoid.trapezoid_backward.sized(4 * work)(
+    trapezoid.trapezoid_backward.split(batch * groups * parts, 4 * work)(
         *inputs, real, state[2], state[3], half, block, *stored, *cotangents, *out
     )
     for i in partials:
