@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+if not __package__:  # run by path: import the packages that this script lies beside
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from training.data.dataset import Dataset
 from training.data.manifest import Sample, write_manifest
 from training.data.priors import prior_table, question_only_prior

@@ -112,7 +112,8 @@ class Module:
             lines = [f"the state does not fit {type(self).__name__}:"]
             for title, names in (("unexpected", unexpected), ("missing", missing), ("wrong shape", misshapen)):
                 if names and (strict or title == "wrong shape"):
-                    lines.append(f"  {title} ({len(names)}): " + ", ".join(names[:12]) + (" …" if len(names) > 12 else ""))
+                    some = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
+                    lines.append(f"  {title} ({len(names)}): {some}")
             for name in unexpected[:3]:
                 near = difflib.get_close_matches(name, missing, 1)
                 if near:
