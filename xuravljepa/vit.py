@@ -131,7 +131,7 @@ class VisionTransformer(nn.Module):
         self.config = config
         dim = config.d_model
         self.cls_token = nn.Parameter(init.truncated_normal((1, 1, dim), rng))
-        self.pos_embed = nn.Parameter(init.truncated_normal((1, 1 + config.n_patches, dim), rng))
+        self.pos_embed = nn.Parameter(sine_positions(config.image_size // config.patch_size, dim))
         self.patch_embed = PatchEmbed(config.patch_size, dim, rng=rng)
         self.blocks = nn.ModuleList(Block(config, rng=rng) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.norm_eps)
@@ -180,6 +180,22 @@ class VisionTransformer(nn.Module):
         directory.mkdir(parents=True, exist_ok=True)
         io.save_safetensors(directory / "model.safetensors", self.state_dict())
         io.save_json(directory / "config.json", {"model_type": "xura-vit", **self.config.to_dict()})
+
+
+def sine_positions(side, dim):
+    """(1, 1 + side², dim) float32: where the learned positions start.
+
+    Sines and cosines of row and column (He et al. 2022, MAE): the product of two positions depends on
+    their distance alone, so that attention can tell near from far before it has learned anything.
+    """
+    quarter = dim // 4
+    frequency = 1 / 10000 ** (np.arange(quarter) / max(quarter, 1))
+    place = np.arange(side)[:, None] * frequency
+    wave = np.concatenate([np.sin(place), np.cos(place)], axis=1)  # (side, 2 · quarter)
+    table = np.zeros((1 + side * side, dim), np.float32)
+    table[1:, : 2 * quarter] = np.repeat(wave, side, axis=0)
+    table[1:, 2 * quarter : 4 * quarter] = np.tile(wave, (side, 1))
+    return table[None]
 
 
 def bicubic_matrix(old, new):

@@ -1,0 +1,135 @@
+"""The command-line options that every training script has, and what they build."""
+
+import argparse
+import sys
+
+import xuracore as xc
+from training import optim, schedules
+from training.loop import Trainer, TrainerConfig
+from xuracore.errors import ConfigError, XuraError
+
+OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "lion": optim.Lion, "sgd": optim.SGD,
+              "rmsprop": optim.RMSprop, "adafactor": optim.Adafactor}
+SCHEDULES = ("cosine", "wsd", "linear", "constant")
+
+
+def training_parser(description, epilog, **defaults):
+    """An ArgumentParser with the common options.
+
+    defaults : values that suit the phase: steps, batch_size, lr, warmup, weight_decay, output_dir.
+    """
+    parser = argparse.ArgumentParser(description=description, epilog=epilog,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("what to train on")
+    group.add_argument("--tiny", action="store_true",
+                       help="the tiny preset on a small generated data set: a check that all works, in under a minute")
+    group.add_argument("--preset", default="tiny", choices=("tiny", "small", "base"), help="sizes of a new model")
+    group.add_argument("--data-dir", metavar="DIR", help="folder (or file) with manifest.jsonl; without it, scenes "
+                       "are generated")
+    group.add_argument("--scenes", type=positive, metavar="N", help="how many scenes to generate")
+    group.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed of the generated data (default 0)")
+    group = parser.add_argument_group("how long and how fast")
+    group.add_argument("--epochs", type=positive, metavar="N", help="passes over the data; wins over --steps")
+    group.add_argument("--steps", type=positive, metavar="N", help=f"optimizer steps (default {defaults['steps']})")
+    group.add_argument("--batch-size", type=positive, metavar="N", help=f"default {defaults['batch_size']}")
+    group.add_argument("--accumulate", type=positive, default=1, metavar="N", help="batches per step (default 1)")
+    group.add_argument("--lr", type=float, default=defaults["lr"], help=f"peak learning rate (default {defaults['lr']:g})")
+    group.add_argument("--schedule", choices=SCHEDULES, default="cosine")
+    group.add_argument("--warmup", type=int, metavar="STEPS", help=f"default {defaults['warmup']}, at most a tenth of all")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    group.add_argument("--weight-decay", type=float, default=defaults["weight_decay"],
+                       help=f"default {defaults['weight_decay']:g}; never on biases, norms, A, D, Δ or temperature")
+    group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
+    group.add_argument("--ema", type=float, metavar="DECAY", help="keep averaged weights, for evaluation and the result")
+    group = parser.add_argument_group("running")
+    group.add_argument("--output-dir", default=defaults["output_dir"], metavar="DIR",
+                       help=f"default {defaults['output_dir']}")
+    group.add_argument("--resume", nargs="?", const="latest", metavar="latest",
+                       help="go on from the last checkpoint in --output-dir; the result is bit for bit the same")
+    group.add_argument("--overwrite", action="store_true", help="start afresh where --output-dir holds a run")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
+    group.add_argument("--threads", type=positive, metavar="N", help="default: what this process may use")
+    group.add_argument("--save-every", type=int, default=500, metavar="STEPS")
+    group.add_argument("--evaluate-every", type=int, default=0, metavar="STEPS", help="0: only at the end")
+    group.add_argument("--log-every", type=positive, default=20, metavar="STEPS")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    parser.set_defaults(_defaults=defaults)
+    return parser
+
+
+def positive(text):
+    """argparse type: a whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def say(args, text):
+    """A line to stderr, unless --quiet."""
+    if not args.quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def prepare(args):
+    """Settle what depends on --tiny, and the number of threads."""
+    if args.threads:
+        xc.set_num_threads(args.threads)
+    args.batch_size = args.batch_size or args._defaults["batch_size"]
+    if args.resume not in (None, "latest"):
+        raise ConfigError(f"--resume {args.resume!r}: runs live in --output-dir, and only 'latest' can be resumed")
+
+
+def counter(args, what):
+    """A report(done, total, …) that keeps one line up to date."""
+    if args.quiet:
+        return None
+    tty = sys.stderr.isatty()
+
+    def report(done, total, *_):
+        if tty:
+            print(f"\r{what} {done}/{total}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+        elif done >= total:
+            print(f"{what} {total}", file=sys.stderr, flush=True)
+
+    return report
+
+
+def train(module, loss_function, batches, args, *, lr_scales=None, evaluate=None, after_step=None, describe=None,
+          output_dir=None, steps=None):
+    """Run a Trainer as the options say; returns (result, trainer)."""
+    if steps is None:
+        per_epoch = len(batches) if hasattr(batches, "__len__") else None
+        if args.epochs and per_epoch is None:
+            raise ConfigError("--epochs needs a data set of known size; use --steps")
+        steps = max(1, args.epochs * per_epoch // args.accumulate) if args.epochs else args.steps
+        steps = steps or args._defaults["steps"]
+    warmup = args._defaults["warmup"] if args.warmup is None else args.warmup
+    warmup = min(warmup, steps // 10)
+    settings = {} if args.schedule == "constant" else {"final": 0.02}
+    schedule = schedules.by_name(args.schedule, args.lr, steps, warmup, **settings)
+    groups = optim.parameter_groups(module, args.weight_decay, lr_scales)
+    betas = {"betas": (0.9, 0.98)} if args.optimizer in ("adamw", "adam") else {}
+    optimizer = OPTIMIZERS[args.optimizer](groups, lr=args.lr, **betas)
+    config = TrainerConfig(
+        steps=steps, accumulate=args.accumulate, clip=args.clip, ema_decay=args.ema, seed=args.seed,
+        log_every=args.log_every, save_every=args.save_every, evaluate_every=args.evaluate_every or steps,
+    )
+    trainer = Trainer(module, loss_function, optimizer, schedule, batches, config, output_dir or args.output_dir,
+                      evaluate=evaluate, after_step=after_step, describe=describe,
+                      stream=None if args.quiet else sys.stderr)
+    return trainer.run(resume=bool(args.resume), overwrite=args.overwrite), trainer
+
+
+def run_script(main, argv=None):
+    """Call ``main(argv)``; errors of ours are one line on stderr and exit code 2, Ctrl-C is 130."""
+    try:
+        sys.exit(main(argv))
+    except XuraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

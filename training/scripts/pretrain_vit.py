@@ -1,0 +1,65 @@
+"""Phase 0: train a small X-Encoder on generated scenes."""
+
+import json
+import sys
+
+import numpy as np
+
+from training import options
+from training.phases import pretrain
+from xuracore import io, no_grad
+from xuravljepa.presets import VLJEPAConfig
+
+EPILOG = """\
+Every step draws fresh scenes.  Each visual token learns to say what is centred in its patch and what its
+neighbours are; [CLS] learns the counts.  With real weights (see --vit of train_jepa.py) this phase is
+skipped.
+
+examples:
+  python training/scripts/pretrain_vit.py --tiny              a quick check
+  python training/scripts/pretrain_vit.py --steps 3000        the shipped X-Encoder, about 20 minutes on two cores
+"""
+
+
+def evaluate(model, batches, count=4):
+    """Accuracy of each target over ``count`` batches of unseen scenes."""
+    found = {}
+    with no_grad():
+        for step in range(count):
+            for name, value in pretrain.loss_function(model, batches.batch(step))[1].items():
+                found.setdefault(name, []).append(value)
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def main(argv=None):
+    parser = options.training_parser(__doc__, EPILOG, steps=3000, batch_size=48, lr=1e-3, warmup=200,
+                                     weight_decay=0.02, output_dir="runs/vit")
+    args = parser.parse_args(argv)
+    options.prepare(args)
+    if args.data_dir:
+        parser.error("phase 0 needs the dense labels of generated scenes; for your own pictures use real weights "
+                     "(train_jepa.py --vit DIR)")
+    config = VLJEPAConfig.preset(args.preset).vision
+    model = pretrain.SceneReader(config, rng=np.random.default_rng(args.seed))
+    grid = config.image_size // config.patch_size
+    options.say(args, f"phase 0: ViT of {model.vit.parameter_count():,} parameters on generated scenes")
+    batches = pretrain.SceneBatches(args.batch_size, args.data_seed, patch_grid=grid)
+    unseen = pretrain.SceneBatches(64, args.data_seed, split="val", patch_grid=grid)
+    steps = args.steps or (30 if args.tiny else None)
+    result, trainer = options.train(
+        model, pretrain.loss_function, batches, args, steps=steps,
+        evaluate=lambda model, step: evaluate(model, unseen),
+        describe={"phase": 0, "vision": config.to_dict(), "batch_size": args.batch_size, "data_seed": args.data_seed},
+    )
+    if result.reason == "finished":
+        with trainer.averaged():
+            metrics = evaluate(model, unseen, 16)
+            model.vit.save_pretrained(f"{args.output_dir}/model")
+        io.save_json(f"{args.output_dir}/metrics.json", metrics)
+        options.say(args, f"saved {args.output_dir}/model")
+        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    options.run_script(main, sys.argv[1:])

@@ -1,0 +1,112 @@
+"""ConfusionMonitor: the probability that the present answer is wrong.
+
+It looks at the pooled READ features and at a few numbers that say how sure the reading is, and how familiar
+the picture: distance of the visual tokens from those of the training pictures.  It is trained on answers
+to questions the model has not seen, and calibrated on a second such set (temperature).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xuracore import nn, no_grad, ops
+from xuracore.config import Config
+from xuracore.tensor import Tensor
+
+NUMBERS = ("top cosine", "margin", "entropy", "top probability", "gate", "strangeness of [CLS]",
+           "mean strangeness of patches", "greatest strangeness of a patch", "depth", "state change")
+
+
+@dataclass(frozen=True)
+class MonitorConfig(Config):
+    """``read_dim``: width of the pooled READ features; ``vision_dim``: of the visual tokens."""
+
+    read_dim: int = 96
+    vision_dim: int = 96
+    hidden: int = 64
+
+
+class Familiarity(nn.Module):
+    """Mean and spread of visual tokens over the training pictures, [CLS] and patches apart."""
+
+    def __init__(self, dim):
+        for name in ("cls", "patch"):
+            self.register_buffer(f"{name}_mean", np.zeros(dim, np.float32))
+            self.register_buffer(f"{name}_std", np.ones(dim, np.float32))
+
+    def fit(self, visual):
+        """visual (n, 1 + patches, d)."""
+        for name, tokens in (("cls", visual[:, 0]), ("patch", visual[:, 1:].reshape(-1, visual.shape[2]))):
+            getattr(self, f"{name}_mean")[:] = tokens.mean(axis=0, dtype=np.float64)
+            getattr(self, f"{name}_std")[:] = tokens.std(axis=0, dtype=np.float64) + 1e-6
+
+    def forward(self, visual):
+        """(B, 1 + patches, d) → (B, 3): log mean squared z-score of [CLS], of all patches, of the strangest."""
+        cls = (((visual[:, 0] - self.cls_mean) / self.cls_std) ** 2).mean(axis=-1)
+        patches = (((visual[:, 1:] - self.patch_mean) / self.patch_std) ** 2).mean(axis=-1)
+        return np.log(np.stack([cls, patches.mean(axis=1), patches.max(axis=1)], axis=1) + 1e-6)
+
+
+class ConfusionMonitor(nn.Module):
+    """features (B, read_dim + len(NUMBERS)) → logit of "wrong" (B,)."""
+
+    def __init__(self, config, *, rng=None):
+        rng = np.random.default_rng(0) if rng is None else rng
+        self.config = config
+        width = config.read_dim + len(NUMBERS)
+        self.familiarity = Familiarity(config.vision_dim)
+        self.register_buffer("feature_mean", np.zeros(width, np.float32))
+        self.register_buffer("feature_std", np.ones(width, np.float32))
+        self.register_buffer("temperature", np.ones((), np.float32))
+        self.hidden = nn.Linear(width, config.hidden, rng=rng)
+        self.output = nn.Linear(config.hidden, 1, rng=rng)
+
+    def fit_scale(self, features):
+        """Remember mean and spread of the features, so that the network sees unit scales."""
+        self.feature_mean[:] = features.mean(axis=0, dtype=np.float64)
+        self.feature_std[:] = features.std(axis=0, dtype=np.float64) + 1e-3
+
+    def forward(self, features):
+        scaled = np.clip((features - self.feature_mean) / self.feature_std, -8, 8).astype(np.float32)
+        h = ops.silu(self.hidden(Tensor(scaled)))
+        return self.output(h).reshape(-1)
+
+    def calibrate(self, logits, wrong):
+        """Choose the temperature that minimises the negative log-likelihood on a second set.
+
+        logits (n,), wrong (n,) in {0, 1}.  Golden-section search over log T in ±3.
+        """
+        def loss(log_t):
+            z = logits.astype(np.float64) / np.exp(log_t)
+            return np.mean(np.logaddexp(0, z) - wrong * z)
+
+        low, high, ratio = -3.0, 3.0, (5**0.5 - 1) / 2
+        while high - low > 1e-4:
+            a, b = high - ratio * (high - low), low + ratio * (high - low)
+            low, high = (low, b) if loss(a) < loss(b) else (a, high)
+        self.temperature[...] = np.exp((low + high) / 2)
+
+    @no_grad()
+    def p_wrong(self, features):
+        """Calibrated probability (B,) that the answer is wrong."""
+        z = self(features).data.astype(np.float64) / float(self.temperature)
+        return 1 / (1 + np.exp(-z))
+
+
+def monitor_features(pooled, cosines, scale, gate, strangeness, depth=0, change=0.0):
+    """What the monitor looks at, (B, read_dim + len(NUMBERS)) float32.
+
+    pooled (B, d), cosines (B, answers), scale: inverse temperature of the answers' softmax, gate (B,) mean
+    gate, strangeness (B, 3) of :class:`Familiarity`, depth: tool calls so far, change: of the state, by them.
+    """
+    batch = len(pooled)
+    ranked = np.sort(cosines, axis=1)
+    logits = cosines.astype(np.float64) * scale
+    logits -= logits.max(axis=1, keepdims=True)
+    p = np.exp(logits)
+    p /= p.sum(axis=1, keepdims=True)
+    entropy = -(p * np.log(p + 1e-12)).sum(axis=1)
+    second = ranked[:, -2] if ranked.shape[1] > 1 else np.full(batch, -1.0)
+    columns = [ranked[:, -1], ranked[:, -1] - second, entropy, p.max(axis=1), gate,
+               *strangeness.T, np.full(batch, depth), np.broadcast_to(change, batch)]
+    return np.concatenate([pooled, np.stack(columns, axis=1)], axis=1).astype(np.float32)

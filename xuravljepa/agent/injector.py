@@ -1,0 +1,141 @@
+"""StateInjector: write a tool's result into the predictor's states, without reading it token by token.
+
+Each layer's state S (heads, P, N) receives a write of the same form as a step of the recurrence:
+
+    S' = a ∘ S + Σ_r g_r (X_r k) ⊗ Rot(θ)(B_r k),       a = σ(α + A k) per head
+
+k is the Y-Encoder's embedding of the result.  g starts at zero and a near one, so a new injector changes
+nothing.  Mamba-3 keys live in a frame that turns with the cumulative angle θ: the written key is turned by
+the current θ, so that later reads see it as written now.  θ itself and the previous token's key and value
+are left alone.  The change is limited to ``max_change`` times the size of the state.
+
+The target is what reading would have done: S* after the tool's text, less S before it, both seen in the
+frame of their own θ (``relative``).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from xuracore import nn, ops
+from xuracore.config import Config, require
+from xuracore.nn import init
+
+MODES = ("state", "residual", "token")
+
+
+@dataclass(frozen=True)
+class InjectorConfig(Config):
+    """``mode``: "state" as above; "residual" adds W k to the stream after ``residual_layer`` (the earlier
+    design, kept for comparison); "token" reads the result as text (the teacher)."""
+
+    mode: str = "state"
+    knowledge_dim: int = 64
+    rank: int = 4
+    max_change: float = 4.0  # ‖S' - S‖ ≤ max_change · ‖S‖, a guard against blow-up, seldom reached
+    residual_layer: int = 0
+
+    def __post_init__(self):
+        require(self.mode in MODES, f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+
+
+class LayerWrite(nn.Module):
+    """The write into one layer's state."""
+
+    def __init__(self, config, heads, headdim, d_state, *, rng):
+        self._shape = config.rank, heads, headdim, d_state
+        k, bound = config.knowledge_dim, config.knowledge_dim**-0.5
+        self.value = nn.Parameter(init.uniform((config.rank * heads * headdim, k), rng, bound * 2))
+        self.key = nn.Parameter(init.uniform((config.rank * heads * d_state, k), rng, bound * 2))
+        self.key_bias = nn.Parameter(init.normal((config.rank * heads * d_state,), rng, 0.5))
+        self.gain = nn.Parameter(init.zeros((config.rank, heads)))
+        self.retain = nn.Parameter(init.zeros((heads, k)))
+        self.retain_bias = nn.Parameter(np.full(heads, 4.0, np.float32))
+
+    def forward(self, knowledge, h, theta):
+        """knowledge (B, K), h (B, H, P, N), theta (B, H, S) → h' (B, H, P, N)."""
+        rank, heads, headdim, d_state = self._shape
+        batch = knowledge.shape[0]
+        x = ops.linear(knowledge, self.value).reshape(batch, rank, heads, headdim)
+        b = ops.linear(knowledge, self.key, self.key_bias).reshape(batch, rank, heads, d_state)
+        b = turn(b, theta.reshape(batch, 1, heads, -1))
+        x = x * self.gain.reshape(1, rank, heads, 1)
+        write = ops.einsum(x, b, equation="brhp,brhn->bhpn")
+        retain = ops.sigmoid(ops.linear(knowledge, self.retain, self.retain_bias))
+        return h * retain.reshape(batch, heads, 1, 1) + write
+
+
+def turn(x, theta, sign=1.0):
+    """Rotate the pairs (2i, 2i+1), i < S, of x (…, N) by ±theta (…, S); the rest passes through."""
+    angles = theta.shape[-1]
+    pairs = x[..., : 2 * angles].reshape(*x.shape[:-1], angles, 2)
+    c, s = ops.cos(theta), ops.sin(theta) * sign
+    first, second = pairs[..., 0], pairs[..., 1]
+    turned = ops.stack(first * c - second * s, first * s + second * c, axis=-1)
+    turned = turned.reshape(*turned.shape[:-2], 2 * angles)
+    return ops.concatenate(turned, x[..., 2 * angles :], axis=-1) if 2 * angles < x.shape[-1] else turned
+
+
+def relative(h, theta):
+    """The state h (B, H, P, N) seen in the frame of its own angle theta (B, H, S)."""
+    return turn(h, theta.reshape(theta.shape[0], theta.shape[1], 1, theta.shape[2]), -1.0)
+
+
+class StateInjector(nn.Module):
+    """One write per layer of a predictor, or one bias of its stream in the residual mode."""
+
+    def __init__(self, config, predictor_config, *, rng=None):
+        rng = np.random.default_rng(0) if rng is None else rng
+        self.config = config
+        p = predictor_config
+        if config.mode == "residual":
+            self.projection = nn.Linear(config.knowledge_dim, p.d_model, rng=rng)
+            self.projection.weight.data[:] = 0
+        else:
+            heads = p.expand * p.d_model // p.headdim
+            self.writes = nn.ModuleList(
+                LayerWrite(config, heads, p.headdim, p.d_state, rng=rng) for _ in range(p.n_layers))
+
+    def forward(self, knowledge, states):
+        """knowledge (B, K) → the states with the write in them (mode "state")."""
+        after = []
+        for write, state in zip(self.writes, states):
+            h = write(knowledge, state.h, state.theta)
+            after.append(state._replace(h=_limited(state.h, h, self.config.max_change)))
+        return after
+
+    def bias(self, knowledge):
+        """knowledge (B, K) → what the residual mode adds to the stream, (B, d_model)."""
+        return self.projection(knowledge)
+
+
+def _limited(before, after, limit):
+    """``after``, moved back towards ``before`` where the change is too large for the state's size."""
+    change = after - before
+    size = np.sqrt((before.data**2).sum(axis=(1, 2, 3), keepdims=True))
+    grown = np.sqrt((change.data**2).sum(axis=(1, 2, 3), keepdims=True))
+    factor = np.minimum(1, limit * size / np.maximum(grown, 1e-12)).astype(before.dtype)
+    return after if (factor == 1).all() else before + change * factor
+
+
+def state_change(before, after):
+    """(B,) ‖ΔS‖ / ‖S‖ over all layers: how much an injection changed."""
+    changed = sum(((a.h.data - b.h.data) ** 2).sum(axis=(1, 2, 3)) for b, a in zip(before, after))
+    size = sum((b.h.data**2).sum(axis=(1, 2, 3)) for b in before)
+    return np.sqrt(changed / np.maximum(size, 1e-24))
+
+
+def injection_loss(states, injected, taught):
+    """Mean over layers of ‖ΔŜ - ΔS*‖² / ‖ΔS*‖² in relative frames; 1 - that is the explained variance.
+
+    states : before; injected : from the injector; taught : after reading the tool's text.  All lists of
+    states; gradients flow into ``injected`` alone.
+    """
+    total = None
+    for before, given, target in zip(states, injected, taught):
+        start = relative(before.h.data, before.theta.data)
+        wanted = relative(target.h.data, target.theta.data) - start
+        difference = relative(given.h, given.theta) - (start + wanted)
+        part = (difference * difference).sum() / float((wanted**2).sum() + 1e-12)
+        total = part if total is None else total + part
+    return total / len(states)
