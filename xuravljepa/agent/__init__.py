@@ -6,23 +6,24 @@ Names are loaded when they are first used: a tool's process imports this package
 import importlib
 
 _HOME = {
-    "AskModel": "arguments", "Constant": "arguments", "FromQuestion": "arguments", "Template": "arguments",
-    "ArgumentError": "errors", "ReplayError": "errors", "ToolError": "errors",
-    "KnowledgeBase": "builtin", "MemorySearch": "builtin", "add": "builtin", "calculator": "builtin",
-    "echo": "builtin",
-    "Limits": "sandbox", "Sandbox": "sandbox",
-    "Output": "tools", "Tool": "tools", "ToolRegistry": "tools", "ToolRequest": "tools",
-    "ToolResult": "tools",
-    "Usefulness": "tools",
+    "arguments": ("AskModel", "Constant", "FromQuestion", "Template"),
+    "budget": ("Budget",),
+    "builtin": ("KnowledgeBase", "MemorySearch", "add", "calculator", "echo"),
+    "errors": ("ArgumentError", "ReplayError", "ToolError"),
+    "recursion": ("Outcome", "PatternSelector", "Proposal", "Reading", "RecursionConfig", "RecursionLayer"),
+    "sandbox": ("Limits", "Sandbox"),
+    "tools": ("Output", "Tool", "ToolRegistry", "ToolRequest", "ToolResult", "Usefulness"),
+    "trace": ("Replay", "Run", "Step", "Trace", "read_traces"),
 }
+_ROOM = {name: room for room, names in _HOME.items() for name in names}
 
-__all__ = sorted(_HOME)
+__all__ = sorted(_ROOM)
 
 
 def __getattr__(name):
-    if name not in _HOME:
+    if name not in _ROOM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_ROOM[name]}"), name)
 
 
 def __dir__():

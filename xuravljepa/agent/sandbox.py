@@ -41,15 +41,15 @@ class Limits:
 
     seconds: float = 5.0
     memory_bytes: int = 512 * 2**20  # beyond what the interpreter and its modules map themselves
-    output_bytes: int = 64 * 2**10
+    output_bytes: int = 2**16  # of the result, which the trace keeps whole
     network: bool = False
     processes: bool = False
 
     def __post_init__(self):
         if not 0 < self.seconds < 86_400:
             raise ToolError(f"Limits.seconds must be between 0 and a day, not {self.seconds}")
-        if self.memory_bytes < 2**20 or self.output_bytes < 1:
-            raise ToolError("Limits need at least 1 MiB of memory and 1 byte of output")
+        if self.memory_bytes < 2**20 or not 1 <= self.output_bytes <= 2**16:
+            raise ToolError("Limits need at least 1 MiB of memory and 1 to 65536 bytes of output")
 
 
 def available():

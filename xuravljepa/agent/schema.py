@@ -17,8 +17,7 @@ import typing
 from xuravljepa.agent.errors import ArgumentError, ToolError
 
 MAX_INTEGER = 2**63 - 1
-MAX_STRING = 65_536  # characters of one string argument
-MAX_ITEMS = 65_536  # values in one argument, nested ones included
+MAX_SIZE = 65_536  # values and characters in one argument, nested ones included
 MAX_DEPTH = 16
 
 _SCALARS = {int: "integer", float: "number", str: "string", bool: "boolean", types.NoneType: "null"}
@@ -238,17 +237,22 @@ def check_arguments(parameters, arguments):
     return {name: check_value(properties[name], value, name) for name, value in arguments.items()}
 
 
-def check_value(schema, value, where="value"):
-    """Check one value against a schema and return it as plain JSON data (tuples become lists)."""
-    return _check(schema, value, where, 0, [MAX_ITEMS])
+def check_value(schema, value, where="value", most=MAX_SIZE):
+    """Check one value against a schema and return it as plain JSON data (tuples become lists).
+
+    Raises:
+        ArgumentError: names the place in the value and says what is expected there; also for more
+            than ``most`` values and characters.
+    """
+    return _check(schema, value, where, 0, [most])
 
 
 def _check(schema, value, where, depth, left):
-    left[0] -= 1
+    left[0] -= 1 + (len(value) if isinstance(value, (str, list, tuple, dict)) else 0)
     if depth > MAX_DEPTH:
         raise ArgumentError(where, f"is nested deeper than {MAX_DEPTH} levels")
     if left[0] < 0:
-        raise ArgumentError(where, f"holds more than {MAX_ITEMS} values")
+        raise ArgumentError(where, "holds too many values and characters")
     if value is None and schema.get("nullable"):
         return None
     if "anyOf" in schema:
@@ -274,6 +278,7 @@ def _check(schema, value, where, depth, left):
         return _check_array(schema, value, where, depth, left)
     if kind == "object":
         inner = schema.get("additionalProperties", {})
+        left[0] -= sum(len(key) for key in value)
         return {key: _check(inner, item, f"{where}.{key}", depth + 1, left) for key, item in value.items()}
     # Subclasses (NumPy floats, enumerations) become the plain type that the trace will read back.
     plain = {"integer": int, "number": float, "string": str}.get(kind)
@@ -294,8 +299,6 @@ def _check_bounds(value, kind, where):
         raise ArgumentError(where, f"must be finite, got {value}")
     if kind == "integer" and abs(value) > MAX_INTEGER:
         raise ArgumentError(where, "is beyond 64 bits")
-    if kind == "string" and len(value) > MAX_STRING:
-        raise ArgumentError(where, f"is longer than {MAX_STRING} characters ({len(value)})")
     if kind == "string" and not _encodable(value):
         raise ArgumentError(where, "is not valid Unicode: it holds half of a surrogate pair")
     if kind == "object" and not all(isinstance(key, str) and _encodable(key) for key in value):

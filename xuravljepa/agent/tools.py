@@ -179,7 +179,11 @@ class Tool:
 
     def fill(self, question, ask):
         """Produce this tool's arguments for a question; see ``arguments.fill_arguments``."""
-        return check_arguments(self.schema["parameters"], fill_arguments(self.arguments, question, ask))
+        return self.check(fill_arguments(self.arguments, question, ask))
+
+    def check(self, arguments):
+        """The arguments as plain JSON values; raises ArgumentError naming what does not fit."""
+        return check_arguments(self.schema["parameters"], arguments)
 
 
 class ToolRegistry:
@@ -279,7 +283,7 @@ class ToolRegistry:
         except ToolError as error:
             return _failed(request, "UnknownTool", str(error), start)
         try:
-            arguments = check_arguments(tool.schema["parameters"], request.arguments)
+            arguments = tool.check(request.arguments)
         except ArgumentError as error:
             return _failed(request, "ArgumentError", str(error), start)
         limits = tool.limits
