@@ -83,6 +83,12 @@ def test_every_package_is_here():
     assert len(FILES) > 40
 
 
+def test_every_folder_of_modules_is_a_package():
+    """The wheel leaves out a folder without ``__init__.py``."""
+    folders = {os.path.dirname(file) for file in FILES}
+    assert {folder for folder in folders if f"{folder}/__init__.py" not in FILES} == set()
+
+
 def test_numba_is_imported_in_one_place():
     importers = {file for file in FILES if {"numba", "llvmlite"} & set(map(root_of, all_imports(file)))}
     assert importers == {ONLY_IMPORTER_OF_NUMBA}

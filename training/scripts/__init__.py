@@ -1,1 +1,1 @@
-"""Commands that make data, train and evaluate; each explains itself with --help."""
+"""The commands of the training pipeline, run by path or as ``python -m training.scripts.<name>``."""
