@@ -1,0 +1,258 @@
+"""Laws of the Mamba-3 mixer and its scan."""
+
+import numpy as np
+import pytest
+
+import xuracore as xc
+from xuracore.errors import ConfigError, ShapeError
+from xuracore.kernels.complex_state import complex_state_scan
+from xuramamba import Mamba3, Mamba3Config
+
+VARIANTS = {
+    "siso": {},
+    "groups": {"ngroups": 2, "rope_fraction": 1.0},
+    "no rotation": {"rope_fraction": 0.0},
+    "norm": {"is_outproj_norm": True},
+    "mimo": {"is_mimo": True, "mimo_rank": 2, "rotary": "half"},
+    "mimo norm": {"is_mimo": True, "mimo_rank": 3, "is_outproj_norm": True, "rotary": "half"},
+    "softplus": {"a_activation": "softplus"},
+}
+
+
+def build(dtype=np.float64, **fields):
+    rng = np.random.default_rng(3)
+    mixer = Mamba3(8, d_state=8, headdim=4, rng=rng, dt_min=0.1, dt_max=1.0, **fields)
+    for parameter in mixer.parameters():  # away from the symmetric start
+        parameter.data += (0.1 * rng.standard_normal(parameter.shape)).astype(np.float32)
+    return mixer.to_dtype(dtype)
+
+
+def sequence(batch=2, length=11, dtype=np.float64, seed=0):
+    return np.random.default_rng(seed).standard_normal((batch, length, 8)).astype(dtype)
+
+
+def run(mixer, x, state=None, mask=None):
+    with xc.no_grad():
+        y, state = mixer(xc.Tensor(x), state, mask)
+    return y.numpy(), state
+
+
+def close(x, y, tolerance=1e-10):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+def close_states(one, other):
+    close(np.exp(1j * one.theta.numpy()), np.exp(1j * other.theta.numpy()))
+    for x, y in zip(one[1:], other[1:]):
+        close(x.numpy(), y.numpy())
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("chunk", [1, 3, 10])
+def test_any_chunking_gives_the_full_result(variant, chunk):
+    mixer, x = build(**VARIANTS[variant]), sequence()
+    whole, last = run(mixer, x)
+    state, pieces = None, []
+    for start in range(0, x.shape[1], chunk):
+        y, state = run(mixer, x[:, start : start + chunk], state)
+        pieces.append(y)
+    close(np.concatenate(pieces, axis=1), whole)
+    close_states(state, last)
+
+
+def test_a_fresh_start_is_the_zero_state():
+    mixer, x = build(), sequence()
+    close(run(mixer, x, mixer.initial_state(2))[0], run(mixer, x)[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_past_does_not_see_the_future(variant):
+    mixer, x = build(**VARIANTS[variant]), sequence()
+    other = x.copy()
+    other[:, 6:] += 1
+    close(run(mixer, x)[0][:, :6], run(mixer, other)[0][:, :6], 0)
+
+
+@pytest.mark.parametrize("variant", ["siso", "mimo"])
+@pytest.mark.parametrize("side", ["right", "left", "inside"])
+def test_padding_is_truncation(variant, side):
+    mixer, x = build(**VARIANTS[variant]), sequence(batch=1, length=6)
+    short, last = run(mixer, x)
+    keep = {"right": range(6), "left": range(3, 9), "inside": [0, 1, 4, 5, 6, 8]}[side]
+    padded, mask = np.full((1, 9, 8), 7.0), np.zeros((1, 9), bool)
+    padded[:, keep], mask[:, keep] = x, True
+    y, state = run(mixer, padded, mask=mask)
+    close(y[:, keep], short)
+    close(y[~mask], 0)
+    close_states(state, last)
+
+
+def test_only_padding_leaves_the_state_alone():
+    mixer, x = build(), sequence()
+    _, state = run(mixer, x)
+    y, after = run(mixer, x, state, np.zeros(x.shape[:2], bool))
+    close(y, 0)
+    close_states(after, state)
+
+
+def test_sequences_of_a_batch_do_not_meet():
+    mixer, x = build(), sequence(batch=4)
+    order = [2, 0, 3, 1]
+    close(run(mixer, x[order])[0], run(mixer, x)[0][order], 1e-12)
+
+
+@pytest.mark.parametrize("variant", ["siso", "mimo norm"])
+def test_gradient_through_a_carried_state_is_the_full_gradient(variant):
+    mixer, x = build(**VARIANTS[variant]), sequence()
+
+    def gradients(cut):
+        mixer.zero_grad()
+        tensor = xc.Tensor(x, requires_grad=True)
+        if cut:
+            first, state = mixer(tensor[:, :4])
+            second, _ = mixer(tensor[:, 4:], state)
+            loss = (first * first).sum() + (second * second).sum()
+        else:
+            y, _ = mixer(tensor)
+            loss = (y * y).sum()
+        loss.backward()
+        return [tensor.grad] + [parameter.grad for parameter in mixer.parameters()]
+
+    for whole, chained in zip(gradients(False), gradients(True)):
+        close(chained, whole, 1e-9)
+
+
+def test_gradient_reaches_the_initial_state():
+    mixer, x = build(**VARIANTS["mimo"]), sequence(length=3)
+    _, start = run(mixer, sequence(length=4, seed=5))
+
+    def function(theta, h, k, v):
+        y, after = mixer(xc.Tensor(x), (theta, h, k, v))
+        return y, *after
+
+    assert xc.gradcheck(function, [part.numpy() for part in start])
+
+
+def as_half(mixer, size):
+    """The same mixer with rotary='half': coordinate 2i goes to i, 2i+1 to i + N/2."""
+    c = mixer.config
+    order = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
+    other = Mamba3(8, d_state=size, headdim=4, rope_fraction=c.rope_fraction, rotary="half").to_dtype(np.float64)
+    state = {name: value.copy() for name, value in mixer.state_dict().items()}
+    rows = state["in_proj.weight"]
+    for start in (2 * c.d_inner, 2 * c.d_inner + size):
+        rows[start : start + size] = rows[start : start + size][order]
+    for name in ("B_bias", "C_bias", "B_norm.weight", "C_norm.weight"):
+        state[name] = state[name][..., order]
+    other.load_state_dict(state)
+    return other
+
+
+def test_pair_and_half_rotation_are_one_model_up_to_a_permutation():
+    mixer, x = build(), sequence()
+    close(run(as_half(mixer, 8), x)[0], run(mixer, x)[0])
+
+
+def test_one_rank_with_unit_weights_is_the_single_input_model():
+    mixer, x = build(), sequence()
+    mimo = Mamba3(8, d_state=8, headdim=4, is_mimo=True, mimo_rank=1).to_dtype(np.float64)
+    unit = {name: np.ones(getattr(mimo, name).shape) for name in ("mimo_x", "mimo_z", "mimo_o")}
+    mimo.load_state_dict({**mixer.state_dict(), **unit})
+    close(run(mimo, x)[0], run(mixer, x)[0])
+
+
+# ---------------------------------------------------------------------- the scan itself
+def scan_inputs(length=9, heads=1, size=6, width=3, turns=3, seed=1):
+    rng = np.random.default_rng(seed)
+    normal = rng.standard_normal
+    return {
+        "q": normal((1, length, 1, 1, size)),
+        "k": normal((1, length, 1, 1, size)),
+        "v": normal((1, length, heads, width)),
+        "dt": rng.uniform(0.1, 1, (1, length, heads)),
+        "a": -rng.uniform(0.1, 1, (1, length, heads)),
+        "trap": normal((1, length, heads)),
+        "angles": normal((1, length, turns)),
+        "q_bias": np.zeros((heads, 1, size)),
+        "k_bias": np.zeros((heads, 1, size)),
+    }
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_rotation_is_a_complex_state():
+    given = scan_inputs()
+    y, *_ = xc.ops.trapezoidal_scan(*given.values())
+    q, k = (given[name][0, :, 0, 0] for name in "qk")
+    dt, a, trap = (given[name][0, :, 0] for name in ("dt", "a", "trap"))
+    mix = sigmoid(trap)
+    expected, _ = complex_state_scan(
+        q[:, ::2] + 1j * q[:, 1::2], k[:, ::2] + 1j * k[:, 1::2], given["v"][0, :, 0], np.exp(a * dt),
+        np.pi * np.tanh(given["angles"][0]) * dt[:, None], mix * dt, (1 - mix) * dt,
+    )  # fmt: skip
+    close(y[0, :, 0, 0], expected)
+
+
+def test_without_look_back_and_rotation_it_is_the_mamba2_recurrence():
+    given = scan_inputs()
+    given["trap"][:] = 60.0  # lambda = 1
+    given["angles"][:] = 0.0
+    y, *_ = xc.ops.trapezoidal_scan(*given.values())
+    h = np.zeros((3, 6))
+    for t in range(9):
+        dt, a = given["dt"][0, t, 0], given["a"][0, t, 0]
+        h = np.exp(a * dt) * h + dt * np.outer(given["v"][0, t, 0], given["k"][0, t, 0, 0])
+        close(y[0, t, 0, 0], h @ given["q"][0, t, 0, 0])
+
+
+def test_a_step_of_no_duration_changes_nothing_but_the_memory_of_the_last_token():
+    given = scan_inputs()
+    _, theta, h, _, _ = xc.ops.trapezoidal_scan(*given.values())
+    state = (theta, h, np.ones((1, 1, 1, 6)), np.ones((1, 1, 3)))
+    given["dt"][:] = 0.0
+    _, theta_after, h_after, _, _ = xc.ops.trapezoidal_scan(*given.values(), None, None, *state)
+    close(theta_after, theta)
+    close(h_after, h)
+
+
+def parity(bits, dtype):
+    """Spec 6.3: one head, one pair, phi = pi * bit; the output's magnitude is the parity of the bits."""
+    length = len(bits)
+    one = np.ones((1, length, 1), dtype)
+    axis = np.zeros((1, length, 1, 1, 2), dtype)
+    axis[..., 0] = 1
+    y, *_ = xc.ops.trapezoidal_scan(
+        axis, axis, bits.reshape(1, length, 1, 1).astype(dtype), one, 0 * one, 60 * one,
+        (40 * bits).reshape(1, length, 1).astype(dtype), np.zeros((1, 1, 2), dtype), np.zeros((1, 1, 2), dtype),
+    )  # fmt: skip
+    return y.reshape(-1)
+
+
+def test_hand_set_weights_count_parity_for_a_hundred_thousand_tokens_in_float32():
+    bits = np.random.default_rng(4).integers(0, 2, 100_000)
+    found = np.rint(np.abs(parity(bits, np.float32))).astype(int)
+    assert (found == np.cumsum(bits) % 2).all()
+
+
+# ---------------------------------------------------------------------- refusals
+@pytest.mark.parametrize(
+    "fields",
+    [{"headdim": 5}, {"rotary": "both"}, {"a_activation": "relu"}, {"ngroups": 3}, {"d_sate": 4},
+     {"rope_fraction": 1.5}, {"rotary": "half", "d_state": 7}],
+)  # fmt: skip
+def test_impossible_configurations_are_refused(fields):
+    with pytest.raises(ConfigError):
+        Mamba3(8, **{"headdim": 4, "d_state": 8, **fields})
+
+
+def test_a_wrong_width_is_named():
+    with pytest.raises(ShapeError, match="expected"):
+        build()(xc.Tensor(np.zeros((1, 2, 9))))
+
+
+def test_sizes_follow_the_published_model():
+    config = Mamba3Config(768)
+    assert (config.heads, config.angles) == (24, 32)
+    assert sum(Mamba3(768)._row_counts()) == 3432
