@@ -1,6 +1,7 @@
 """The training loop: one step after the other, each a pure function of the state and the step number.
 
-    trainer = Trainer(model, loss_function, optimizer, schedule, batches, TrainerConfig(steps=1000), "runs/one")
+    config = TrainerConfig(steps=1000, clip=1.0)
+    trainer = Trainer(model, loss_function, optimizer, schedule, batches, config, "runs/one")
     result = trainer.run(resume=True)
     sys.exit(result.exit_code)
 
@@ -26,7 +27,7 @@ import numpy as np
 
 import xuracore as xc
 from training import checkpoint
-from training.optim import ExponentialMovingAverage, clip_grad_norm, grad_norm
+from training.optim import ExponentialMovingAverage, clip_grad_norm
 from training.progress import MetricLog, ProgressLine, peak_megabytes
 from xuracore.config import Config, require
 from xuracore.errors import ConfigError, XuraError
@@ -60,11 +61,12 @@ class TrainerConfig(Config):
     progress_seconds: float = 10.0  # between lines where the output is no terminal
 
     def __post_init__(self):
-        for name in ("steps", "accumulate", "log_every", "keep", "max_skips"):
-            require(getattr(self, name) >= 1, f"TrainerConfig.{name} is {getattr(self, name)}; at least 1 is needed")
-        for name in ("save_every", "evaluate_every", "patience", "seed"):
-            require(getattr(self, name) >= 0, f"TrainerConfig.{name} is {getattr(self, name)}; it is at least 0")
-        require(self.clip is None or self.clip > 0, f"TrainerConfig.clip is {self.clip}; give a positive norm or None")
+        least = {"steps": 1, "accumulate": 1, "log_every": 1, "keep": 1, "max_skips": 1}
+        least.update(save_every=0, evaluate_every=0, patience=0, seed=0)
+        for name, bound in least.items():
+            value = getattr(self, name)
+            require(value >= bound, f"TrainerConfig.{name} is {value}; it is at least {bound}")
+        require(self.clip is None or self.clip > 0, f"TrainerConfig.clip is {self.clip}; positive or None")
         require(self.monitor_mode in ("max", "min"), f"monitor_mode is {self.monitor_mode!r}; 'max' or 'min'")
         require(not self.patience or self.monitor, "patience needs the name of a number to monitor")
 
@@ -187,7 +189,7 @@ class Trainer:
     def _update(self, loss, rate):
         """Clip and step, unless loss or gradient is not finite; returns the norm of the gradient."""
         parameters = list(self.optimizer.parameters())
-        norm = grad_norm(parameters) if self.config.clip is None else clip_grad_norm(parameters, self.config.clip)
+        norm = clip_grad_norm(parameters, math.inf if self.config.clip is None else self.config.clip)
         if math.isfinite(norm) and math.isfinite(loss):
             self._skips_in_a_row = 0
             self.optimizer.step(rate)
@@ -202,8 +204,8 @@ class Trainer:
         if self._skips_in_a_row >= self.config.max_skips:
             raise TrainingDiverged(
                 f"loss or gradient was not finite in {self._skips_in_a_row} steps in a row, up to step "
-                f"{self.step + 1} (loss {loss:g}, gradient norm {norm:g}); lower the learning rate or look at "
-                "the batch of that step"
+                f"{self.step + 1} (loss {loss:g}, gradient norm {norm:g}); lower the learning rate, or look "
+                "at the batch of that step"
             )
         return norm
 
@@ -229,7 +231,8 @@ class Trainer:
             if monitor is not None:
                 self._judge(values[monitor])
         self._write({"split": "validation", **values})
-        self._line.say("  ".join([f"step {self.step}: validation"] + [f"{k} {v:.4g}" for k, v in values.items()]))
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        self._line.say(f"step {self.step}: validation  {shown}")
 
     def _judge(self, value):
         """Keep the weights of the moment in best/ if ``value`` is the best so far."""
@@ -317,7 +320,7 @@ class Trainer:
         )  # fmt: skip
 
     def resume(self, step=None):
-        """Load the latest whole checkpoint (or that of ``step``); raises if there is none or it does not fit."""
+        """Load the latest whole checkpoint, or that of ``step``; raises where there is none that fits."""
         found = checkpoint.load(
             self._directory(), self.model, self.optimizer, self.average, self.generators, step
         )
@@ -354,8 +357,8 @@ class Trainer:
             self.resume()
         elif exists and not overwrite:
             raise ConfigError(
-                f"{self.output_dir} holds a run at step {directory.steps()[-1]}; resume it, choose another folder, "
-                "or ask to overwrite it"
+                f"{self.output_dir} holds a run at step {directory.steps()[-1]}; resume it, choose another "
+                "folder, or ask to overwrite it"
             )
         elif exists:
             shutil.rmtree(directory.path)

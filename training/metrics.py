@@ -24,7 +24,7 @@ def accuracy(prediction, target):
     """Share of equal entries; any dtype, strings included."""
     prediction, target = np.asarray(prediction), np.asarray(target)
     if prediction.shape != target.shape or not prediction.size:
-        raise ShapeError(f"prediction {prediction.shape} and target {target.shape} must be equal and not empty")
+        raise ShapeError(f"shapes {prediction.shape} and {target.shape} must be equal and not empty")
     return float(np.mean(prediction == target))
 
 
@@ -120,7 +120,9 @@ def calibration_bins(confidence, correct, bins=15, equal_mass=False):
         index = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     found = [index == b for b in range(bins)]
     return [
-        (int(rows.sum()), float(confidence[rows].mean()), float(correct[rows].mean())) for rows in found if rows.any()
+        (int(rows.sum()), float(confidence[rows].mean()), float(correct[rows].mean()))
+        for rows in found
+        if rows.any()
     ]
 
 

@@ -139,8 +139,8 @@ class Optimizer:
                 if parameter.grad is not None:
                     self._steps[name] += 1
                     gradient = np.ascontiguousarray(parameter.grad).reshape(parameter.shape)
-                    rate, decay = float(lr) * group.lr_scale, group.weight_decay
-                    self._update(parameter.data, gradient, rate, decay, self._steps[name], **self._state[name])
+                    settings = float(lr) * group.lr_scale, group.weight_decay, self._steps[name]
+                    self._update(parameter.data, gradient, *settings, **self._state[name])
 
     def _update(self, data, grad, rate, decay, step, **slots):
         """Change ``data`` and ``slots`` in place; ``step`` counts from 1."""

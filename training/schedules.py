@@ -12,7 +12,8 @@ from xuracore.errors import ConfigError
 def _checked(peak, warmup, total):
     if not peak >= 0 or warmup < 0 or total < 1 or warmup > total:
         raise ConfigError(
-            f"schedule with peak {peak}, warmup {warmup}, total {total}: need peak ≥ 0, 0 ≤ warmup ≤ total, total ≥ 1"
+            f"schedule with peak {peak}, warmup {warmup}, total {total}: "
+            "need peak ≥ 0, 0 ≤ warmup ≤ total, total ≥ 1"
         )
 
 

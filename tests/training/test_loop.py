@@ -44,13 +44,16 @@ def loss_function(model, batch, rng):
     return loss, {"accuracy": (logits.data.argmax(axis=1) == batch["label"]).mean()}
 
 
-def trainer(output_dir, batches=None, loss=loss_function, describe=None, stream=None, evaluate=None, **changes):
+def trainer(
+    output_dir, batches=None, loss=loss_function, describe=None, stream=None, evaluate=None, **changes
+):
     settings = {"steps": 12, "accumulate": 2, "ema_decay": 0.9, "log_every": 5, "prefetch": False, **changes}
     model = Model(np.random.default_rng(0))
     optimizer = optim.AdamW(optim.parameter_groups(model, weight_decay=0.1), lr=0.01)
+    schedule = schedules.cosine(0.01, 12, 2)
     return Trainer(
-        model, loss, optimizer, schedules.cosine(0.01, 12, 2), batches or Batches(), TrainerConfig(**settings),
-        output_dir, describe=describe, stream=stream, evaluate=evaluate,
+        model, loss, optimizer, schedule, batches or Batches(), TrainerConfig(**settings), output_dir,
+        describe=describe, stream=stream, evaluate=evaluate,
     )  # fmt: skip
 
 
@@ -64,7 +67,8 @@ def everything(run):
 
 def log_without_times(folder):
     return [
-        {k: v for k, v in record.items() if k not in TIMINGS} for record in read_metrics(folder / "metrics.jsonl")
+        {k: v for k, v in record.items() if k not in TIMINGS}
+        for record in read_metrics(folder / "metrics.jsonl")
     ]
 
 

@@ -120,7 +120,8 @@ def test_recall_of_known_similarities():
     assert metrics.recall_at_k(similarity, np.array([0, 1, 2]), 2) == pytest.approx(2 / 3)
     assert metrics.recall_at_k(similarity, np.array([0, 1, 2]), 3) == 1
     assert metrics.recall_at_k(np.ones((9, 9)), np.arange(9), 8) == 0  # collapse earns nothing
-    assert metrics.recall_at_k(similarity, np.array([[0, 0, 1], [1, 0, 1], [0, 0, 0]], bool), 1) == pytest.approx(1 / 3)
+    several = np.array([[0, 0, 1], [1, 0, 1], [0, 0, 0]], bool)
+    assert metrics.recall_at_k(similarity, several, 1) == pytest.approx(1 / 3)
 
 
 def test_effective_rank_counts_directions():

@@ -67,7 +67,7 @@ def _tanh_vjp(grad, saved, needs):
 tanh = primitive("tanh", _tanh_forward, _tanh_vjp, reference=np.tanh, samples=_samples)
 
 
-# ---------------------------------------------------------------------- silu, softplus, gelu, erf: from the input
+# ---------------------------------------------------------------------- the others: from the input
 def _silu_forward(x):
     """x sigmoid(x) (Elfwing et al. 2018), also called swish."""
     seen, y = _forward(kernels.silu_forward, x)

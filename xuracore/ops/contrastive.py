@@ -24,9 +24,9 @@ def _positions(name, p, q, target_index):
     if index.dtype.kind not in "iu":
         raise DTypeError(f"{name}: target_index is {index.dtype}; expected integers")
     if index.shape != (len(p),):
-        raise ShapeError(f"{name}: target_index has shape {index.shape}; expected ({len(p)},), one for each p")
+        raise ShapeError(f"{name}: target_index has shape {index.shape}; expected one for each of {len(p)} p")
     if index.min() < 0 or index.max() >= len(q):
-        raise IndexError(f"{name}: target_index reaches {index.min()}..{index.max()}; there are {len(q)} targets")
+        raise IndexError(f"{name}: target_index {index.min()}..{index.max()}, but there are {len(q)} targets")
     return index
 
 
@@ -168,7 +168,8 @@ def _sigmoid_contrastive_loss_forward(p, q, target_index, log_scale, bias):
     margin = -sign * (logits + np.asarray(bias, dtype=np.float64).item())
     loss = np.sum(np.logaddexp(0, margin)) / len(p)
     slope = -sign * 0.5 * (1 + np.tanh(0.5 * margin)) / len(p)
-    return np.asarray(loss, dtype=p.dtype), ((p, q, cosines, scale, slope), np.shape(log_scale), np.shape(bias))
+    saved = (p, q, cosines, scale, slope), np.shape(log_scale), np.shape(bias)
+    return np.asarray(loss, dtype=p.dtype), saved
 
 
 def _sigmoid_contrastive_loss_vjp(grad, saved, needs):

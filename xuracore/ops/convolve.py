@@ -19,7 +19,7 @@ def _causal_conv1d_forward(x, weight, bias=None, state=None, silu=False):
     x = np.ascontiguousarray(floating(x))
     weight = np.asarray(weight)
     if x.ndim != 3 or weight.ndim not in (2, 3) or weight.size != weight.shape[0] * weight.shape[-1]:
-        raise ShapeError(f"causal_conv1d: x {x.shape} must be (B, L, C), weight {weight.shape} (C, K) or (C, 1, K)")
+        raise ShapeError(f"causal_conv1d: x {x.shape} is to be (B, L, C), weight {weight.shape} (C, [1,] K)")
     batch, _, channels = x.shape
     size = weight.shape[-1]
     if weight.shape[0] != channels or size < 1:
@@ -29,13 +29,15 @@ def _causal_conv1d_forward(x, weight, bias=None, state=None, silu=False):
     if state is None:
         state = np.zeros((batch, size - 1, channels), x.dtype)
     elif np.shape(state) != (batch, size - 1, channels):
-        raise ShapeError(f"causal_conv1d: state has shape {np.shape(state)}; expected {(batch, size - 1, channels)}")
+        expected = batch, size - 1, channels
+        raise ShapeError(f"causal_conv1d: state has shape {np.shape(state)}; expected {expected}")
     state = np.ascontiguousarray(state, dtype=x.dtype)
     y = before = _convolve(x, state, taps, shift)
     if silu:
         y = np.empty_like(before)
         activation.silu_forward.sized(8 * y.size)(before.reshape(-1), y.reshape(-1))
-    new_state = np.concatenate([state, x[:, max(x.shape[1] - size + 1, 0) :]], axis=1)[:, min(x.shape[1], size - 1) :]
+    tail = x[:, max(x.shape[1] - size + 1, 0) :]
+    new_state = np.concatenate([state[:, tail.shape[1] :], tail], axis=1)
     return (y, new_state), (x, state, taps, shift, silu, weight.shape)
 
 

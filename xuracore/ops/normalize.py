@@ -226,5 +226,5 @@ def _log_softmax_reference(x, axis=-1):
     return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
 
 
-log_softmax = primitive("log_softmax", _log_softmax_forward, _log_softmax_vjp, reference=_log_softmax_reference,
-                        samples=_softmax_samples)
+log_softmax = primitive("log_softmax", _log_softmax_forward, _log_softmax_vjp,
+                        reference=_log_softmax_reference, samples=_softmax_samples)
