@@ -57,7 +57,7 @@ def _convert(where, kind, value):
                 return _convert(where, option, value)
             except ConfigError:
                 continue
-    elif origin is tuple and isinstance(value, (list, tuple)):
+    elif (kind is tuple or origin is tuple) and isinstance(value, (list, tuple)):
         return tuple(value)
     elif isinstance(kind, type) and issubclass(kind, Config):
         return value if isinstance(value, kind) else kind.from_dict(value)

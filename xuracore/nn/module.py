@@ -14,7 +14,7 @@ class Parameter(Tensor):
     __slots__ = ()
 
     def __init__(self, data, requires_grad=True):
-        super().__init__(np.ascontiguousarray(data), requires_grad)
+        super().__init__(np.asarray(data, order="C"), requires_grad)  # ascontiguousarray would make 0-d 1-d
 
 
 class StateDictError(XuraError, KeyError):

@@ -1,0 +1,72 @@
+"""Phase 2: train the Y-Decoder to put embeddings into words; everything else is frozen."""
+
+import json
+import sys
+from pathlib import Path
+
+from training import options
+from training.phases import decoder
+from training.phases.common import FeatureStore
+from training.scripts.train_jepa import data_sets
+from xuracore import io
+from xuravljepa.model import SHIPPED, VLJEPA
+
+EPILOG = """\
+The decoder sees a mixture of the targets' and the predictor's embeddings of right answers, because at
+inference it sees predictions.
+
+examples:
+  python training/scripts/train_decoder.py --tiny --steps 50
+  python training/scripts/train_decoder.py --model runs/jepa/model --scenes 1500 --steps 1500
+"""
+
+
+def main(argv=None):
+    parser = options.training_parser(__doc__, EPILOG, steps=1500, batch_size=64, lr=2e-3, warmup=100,
+                                     weight_decay=0.01, output_dir="runs/decoder")
+    parser.add_argument("--model", "--phase1-checkpoint", default=None, metavar="DIR",
+                        help="folder of the model that phase 1 wrote (default runs/jepa/model; with --tiny the "
+                        "shipped model)")
+    parser.add_argument("--label-smoothing", type=float, default=0.0)
+    parser.add_argument("--max-bad-fraction", type=float, default=0.0)
+    args = parser.parse_args(argv)
+    options.prepare(args)
+    source = args.model or ("tiny" if args.tiny and (SHIPPED / "tiny").exists() else "runs/jepa/model")
+    model = VLJEPA.from_pretrained(source)
+    args.scenes = args.scenes or (40 if args.tiny else 1500)
+    train_rows, held_rows, _ = data_sets(args)
+    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
+    options.say(args, f"predicting the answers of {len(train_rows):,} questions")
+    predicted = decoder.predict(model, train_rows, features, tool=True)
+    batches = decoder.AnswerBatches(model, train_rows, predicted, args.batch_size, args.seed)
+    model.requires_grad_(False)
+    model.y_decoder.requires_grad_()
+    options.say(args, f"phase 2: {model.parameter_count(trainable_only=True):,} trained parameters")
+    held = held_rows[:: max(1, len(held_rows) // 300)]
+    held_predicted = decoder.predict(model, held, features)
+
+    def evaluate(model, step):
+        free = decoder.exact_match(model, held, held_predicted)
+        constrained = decoder.exact_match(model, held, held_predicted, constrained=True)
+        hits = model.similarities(held_predicted).argmax(axis=1)
+        nearest = [model.config.answers[i] == row.answer for i, row in zip(hits, held)]
+        return {"exact_match": free, "constrained": constrained, "nearest_answer": sum(nearest) / len(nearest)}
+
+    result, trainer = options.train(
+        model, lambda m, b, rng: decoder.loss_function(m, b, rng, args.label_smoothing), batches, args,
+        evaluate=evaluate,
+        describe={"phase": 2, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
+                  "data_seed": args.data_seed},
+    )
+    if result.reason == "finished":
+        with trainer.averaged():
+            metrics = evaluate(model, result.step)
+            model.save_pretrained(Path(args.output_dir) / "model")
+        io.save_json(Path(args.output_dir) / "metrics.json", metrics)
+        options.say(args, f"saved {args.output_dir}/model")
+        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    options.run_script(main, sys.argv[1:])

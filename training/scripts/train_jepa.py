@@ -1,0 +1,134 @@
+"""Phase 1: train predictor, Y-Encoder and gates by InfoNCE; the X-Encoder is frozen."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from training import options
+from training.data.dataset import Dataset
+from training.phases import jepa
+from training.phases.common import FeatureStore
+from xuracore import io, no_grad
+from xuracore.errors import FormatError
+from xuravljepa.model import SHIPPED, VLJEPA
+from xuravljepa.presets import VLJEPAConfig
+from xuravljepa.vit import VisionTransformer
+
+EPILOG = """\
+Data: a folder with manifest.jsonl (see training/README.md), or generated scenes with questions and tool
+questions.  The X-Encoder: --vit DIR with weights of ours, timm's or Hugging Face's; else the shipped tiny one.
+
+examples:
+  python training/scripts/train_jepa.py --tiny --epochs 2 --batch-size 4
+  python training/scripts/train_jepa.py --vit runs/vit/model --scenes 12000 --steps 6000
+  python training/scripts/train_jepa.py --data-dir my/pictures --preset small --vit vit-small --epochs 10
+"""
+NUMBERS = tuple(str(n) for n in range(31))
+TRAINED = ("predictor", "y_encoder", "log_scale")
+
+
+def data_sets(args):
+    """(training rows, validation rows, whether they are generated)."""
+    if args.data_dir:
+        rows = Dataset.manifest(args.data_dir, max_bad_fraction=args.max_bad_fraction).rows
+        rows = [row for row in rows if row.query and row.answer]
+        held = [row for row in rows if row.split in ("val", "validation")]
+        kept = [row for row in rows if row.split in (None, "train")]
+        if not held:  # every tenth picture serves for validation
+            pictures = sorted({str(row.image) for row in kept})
+            chosen = set(pictures[::10])
+            held = [row for row in kept if str(row.image) in chosen]
+            kept = [row for row in kept if str(row.image) not in chosen]
+        return kept, held, False
+    scenes = args.scenes or (40 if args.tiny else 12000)
+    options.say(args, f"no --data-dir: generating {scenes} scenes with questions (seed {args.data_seed})")
+    train = Dataset.scenes("train", scenes, args.data_seed).rows
+    tools = Dataset.tools("train", scenes, args.data_seed, pools=("known", "known", "train")).rows
+    held = Dataset.scenes("val", min(scenes, 300), args.data_seed).rows
+    known = Dataset.tools("val", min(scenes, 300), args.data_seed, pools=("known",)).rows
+    return [*train, *tools], [*held, *known], True
+
+
+def frozen_encoder(args, config, rng):
+    """The X-Encoder: --vit, or the shipped tiny one, or random weights with a warning."""
+    if args.vit:
+        return VisionTransformer.from_pretrained(args.vit)
+    if args.preset == "tiny" and (SHIPPED / "tiny" / "model.safetensors").exists():
+        options.say(args, "no --vit: using the X-Encoder of the shipped tiny model")
+        return VLJEPA.from_pretrained("tiny").x_encoder
+    options.say(args, "warning: no --vit: the X-Encoder has random weights and stays so; expect poor answers")
+    return VisionTransformer(config.vision, rng=rng)
+
+
+def accuracy_by_type(model, rows, features, batch_size=256):
+    """{type: accuracy} of the nearest known answer, with "all" over everything."""
+    model.forget_bank()
+    answers = np.array(model.config.answers)
+    hits = {}
+    with no_grad():
+        for start in range(0, len(rows), batch_size):
+            chosen = rows[start : start + batch_size]
+            batch = jepa.collate(model, [jepa.Example(row, row.answer, None) for row in chosen], features)
+            embedding = model.predictor(batch["query"], batch["visual"]).embedding
+            said = answers[model.similarities(embedding).argmax(axis=1)]
+            for row, text in zip(chosen, said):
+                for name in (row.type or "untyped", "all"):
+                    hits.setdefault(name, []).append(text == row.answer)
+    return {name: float(np.mean(values)) for name, values in sorted(hits.items())}
+
+
+def main(argv=None):
+    parser = options.training_parser(__doc__, EPILOG, steps=6000, batch_size=64, lr=2e-3, warmup=200,
+                                     weight_decay=0.02, output_dir="runs/jepa")
+    parser.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the frozen X-Encoder's weights")
+    parser.add_argument("--temperature", type=float, default=0.07, help="start of the learned temperature")
+    parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
+    parser.add_argument("--y-encoder-lr-multiplier", type=float, default=1.0,
+                        help="1 from scratch; 0.05 where the Y-Encoder was trained before")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.0,
+                        help="share of bad manifest rows to skip before giving up")
+    args = parser.parse_args(argv)
+    options.prepare(args)
+    rng = np.random.default_rng(args.seed + 1)
+    train_rows, held_rows, generated = data_sets(args)
+    if not held_rows:
+        raise FormatError("too few pictures to hold some out for validation", args.data_dir)
+    answers = tuple(sorted({row.answer for row in [*train_rows, *held_rows]} | set(NUMBERS if generated else ())))
+    config = VLJEPAConfig.preset(args.preset)
+    encoder = frozen_encoder(args, config, rng)
+    if encoder.config != config.vision:
+        config = config.replace(
+            vision=encoder.config, predictor=config.predictor.replace(vision_dim=encoder.config.d_model))
+    model = VLJEPA(config.replace(answers=answers), rng=rng)
+    model.x_encoder.load_state_dict(encoder.state_dict())
+    model.log_scale.data[...] = -np.log(args.temperature)
+    model.requires_grad_(False)
+    for name in TRAINED:
+        getattr(model, name).requires_grad_()
+
+    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
+    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed)
+    options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
+                f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
+    held = held_rows[:: max(1, len(held_rows) // 3000)]
+    result, trainer = options.train(
+        model, lambda m, b, rng: jepa.loss_function(m, b, rng, args.angn_reg_weight), batches, args,
+        lr_scales={"y_encoder": args.y_encoder_lr_multiplier},
+        evaluate=lambda m, step: accuracy_by_type(m, held, features), after_step=lambda m: m.clamp_scale(),
+        describe={"phase": 1, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
+                  "data_seed": args.data_seed},
+    )
+    if result.reason == "finished":
+        with trainer.averaged():
+            metrics = accuracy_by_type(model, held, features)
+            model.save_pretrained(Path(args.output_dir) / "model")
+        io.save_json(Path(args.output_dir) / "metrics.json", metrics)
+        options.say(args, f"saved {args.output_dir}/model")
+        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+    return result.exit_code
+
+
+if __name__ == "__main__":
+    options.run_script(main, sys.argv[1:])

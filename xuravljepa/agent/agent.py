@@ -1,0 +1,273 @@
+"""The agent: look at a picture, answer, doubt, call a tool, take in what it says, answer again.
+
+    agent = Agent.from_pretrained("tiny")
+    reply = agent.ask("scene.png", "what shape is nearest the red one?")
+    reply.text, reply.confidence, reply.tool_calls, reply.trace
+
+The agent owns the loop; the model knows nothing of tools.
+"""
+
+import dataclasses
+import datetime
+import hashlib
+import uuid
+from pathlib import Path
+
+import numpy as np
+
+from xuracore import io, no_grad
+from xuracore.errors import FormatError, ShapeError
+from xuracore.tensor import Tensor
+from xuravljepa.agent.builtin import KnowledgeBase
+from xuravljepa.agent.confusion import monitor_features
+from xuravljepa.agent.heads import AgentConfig, AgentHeads
+from xuravljepa.agent.injector import state_change
+from xuravljepa.agent.recursion import Reading, RecursionConfig, RecursionLayer
+from xuravljepa.agent.scene_tools import register_scene_tools
+from xuravljepa.agent.tools import ToolRegistry, Usefulness
+from xuravljepa.agent.trace import Run
+from xuravljepa.model import CAPTION_QUERY, PRESETS, SHIPPED, VLJEPA
+
+STATE_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """An answer and how it came about.
+
+    answer : the bare answer.   text : what to show a person; it says so where the answer is a guess.
+    confidence : 1 - p(wrong), calibrated.   unsure : the answer is a guess.   reason : why the agent stopped.
+    tool_calls : [{"tool", "arguments", "result", "ok"}].   trace : every step, see ``trace.show()``.
+    """
+
+    answer: str
+    text: str
+    confidence: float
+    unsure: bool
+    reason: str
+    tool_calls: list
+    trace: object
+
+    def __str__(self):
+        return self.text
+
+
+class Agent:
+    """See the module's text.
+
+    model : VLJEPA with a closed set of answers.   heads : AgentHeads; without them the agent answers, but
+    never doubts.   registry : ToolRegistry, empty by default.   recursion : RecursionConfig.
+    """
+
+    def __init__(self, model, heads=None, registry=None, recursion=None, name=""):
+        self.model, self.name = model.eval(), name
+        self.heads = AgentHeads(AgentConfig.for_model(model.config), model.config.predictor) if heads is None else heads
+        self.heads.eval()
+        self.trained = heads is not None
+        self.tools = ToolRegistry() if registry is None else registry
+        config = self.heads.config
+        self.recursion = recursion or RecursionConfig(config.confident_below, config.abstain_above)
+        self._visual, self._picture = None, ""
+        self._cards = {}
+
+    @classmethod
+    def from_pretrained(cls, source="tiny", recursion=None):
+        """A folder with a model and, if it has them, the agent's heads and tools; or ``"tiny"``, which is shipped.
+
+        Raises FormatError for damaged files, StateDictError where names or shapes do not fit.
+        """
+        folder = SHIPPED / str(source) if str(source) in PRESETS and not Path(source).exists() else Path(source)
+        model = VLJEPA.from_pretrained(source)
+        if not (folder / "agent.json").exists():
+            return cls(model, recursion=recursion, name=str(source))
+        config = AgentConfig.from_dict(io.load_json(folder / "agent.json"))
+        heads = AgentHeads(config, model.config.predictor)
+        heads.load_state_dict(io.load_safetensors(folder / "agent.safetensors"))
+        agent = cls(model, heads, recursion=recursion, name=str(source))
+        if (folder / "prices.json").exists():
+            use = Usefulness(config.fixes, config.breaks, config.cost)
+            register_scene_tools(agent.tools, KnowledgeBase.from_json(folder / "prices.json"), usefulness=use)
+        return agent
+
+    def save_pretrained(self, directory):
+        """Write the model and the heads; tools are code, and stay with the program that registers them."""
+        self.model.save_pretrained(directory)
+        save_heads(self.heads, directory)
+
+    def register_tool(self, function, **settings):
+        """Add a tool; see ``ToolRegistry.register`` for the settings."""
+        settings.setdefault("usefulness", Usefulness(self.heads.config.fixes, self.heads.config.breaks,
+                                                     self.heads.config.cost))
+        return self.tools.register(function, **settings)
+
+    # ------------------------------------------------------------------ asking
+    @no_grad()
+    def ask(self, image, question, expected=None, runner=None, clock=None):
+        """Answer a question about a picture, with tools where the agent doubts itself.
+
+        image : path, array or PIL image; None for the picture of the last question.   expected : the right
+        answer, if it is known, for the trace.   runner, clock : of a Replay.
+        Raises FormatError for an unreadable picture, ShapeError for an empty or overlong question.
+        """
+        visual = self._see(image)
+        query = self.model.query_tokens([question])
+        reader = _Reader(self.model, self.heads, query, visual)
+        options = {} if clock is None else {"clock": clock}
+        layer = RecursionLayer(reader, _Monitor(self.heads, self.trained), _Selector(self), _Injector(self.model, self.heads),
+                               self.tools, runner, self.recursion, **options)
+        run = Run(
+            run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(),
+            image=self._picture, started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            expected=expected,
+        )
+        outcome = layer.run(question, ask=lambda text: self._plain_answer(visual, text), run=run)
+        calls = [{"tool": request.tool, "arguments": request.arguments, "result": result.text, "ok": result.ok}
+                 for request, result in outcome.calls]
+        text = outcome.answer
+        if outcome.unsure:
+            text = f"I am not sure. My best guess is: {outcome.answer}"
+        return Reply(outcome.answer, text, outcome.confidence, outcome.unsure, outcome.reason, calls, outcome.trace)
+
+    def _see(self, image):
+        """Visual tokens (1, n, d) of a picture, kept for later questions about it."""
+        if image is None:
+            if self._visual is None:
+                raise ShapeError("there is no picture yet: give one with the first question")
+            return self._visual
+        pixels = self.model.pixels(image)
+        digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+        if digest != self._picture:
+            self._visual, self._picture = self.model.visual_tokens(pixels), digest
+        return self._visual
+
+    def _plain_answer(self, visual, question):
+        """The model's answer without doubt or tools: what fills a tool's argument."""
+        reading = self.model.predictor(self.model.query_tokens([question]), visual)
+        return self.model.answer_bank()[0][int(self.model.similarities(reading.embedding).argmax())]
+
+    def _config_digest(self):
+        text = repr(self.model.config) + repr(self.heads.config) + repr(self.recursion)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def card_embeddings(self, tools):
+        """(tools, E) embeddings of what the tools say they do, computed once each."""
+        known = self.heads.config.cards
+        texts = [known.get(tool.name, tool.description) for tool in tools]
+        limit = self.model.config.text.max_length - 1
+        for text in texts:
+            if text not in self._cards:
+                short = text.encode()[:limit].decode(errors="ignore")
+                self._cards[text] = self.model.encode_answers([short]).data[0]
+        return np.stack([self._cards[text] for text in texts])
+
+    # ------------------------------------------------------------------ streams
+    @no_grad()
+    def stream(self, frames, question=CAPTION_QUERY, decoder=None):
+        """Watch frames and answer ``question`` only where something changed.
+
+        frames : iterable of pictures.   decoder : SelectiveDecoder; its defaults suit the shipped model.
+        Yields (frame number, answer, confidence) at each decision to speak.
+        """
+        from xuravljepa.agent.selective import SelectiveDecoder
+
+        decoder = SelectiveDecoder() if decoder is None else decoder
+        query = self.model.query_tokens([question])
+        monitor = _Monitor(self.heads, self.trained)
+        for number, frame in enumerate(frames):
+            visual = self._see(frame)
+            reading = _Reader(self.model, self.heads, query, visual).read(None)
+            if decoder.push(reading.hidden["embedding"]) is not None:
+                yield number, reading.answer, 1 - monitor.p_wrong(reading, 0)
+
+    # ------------------------------------------------------------------ state
+    def save_state(self, path):
+        """Write what the agent has seen last, so that questions without a picture go on after a restart."""
+        if self._visual is None:
+            raise ShapeError("the agent has seen nothing yet")
+        io.save_safetensors(path, {"visual": self._visual}, {"version": str(STATE_VERSION), "picture": self._picture,
+                                                             "config": self._config_digest()})
+
+    def load_state(self, path):
+        """Read what ``save_state`` wrote; FormatError if it is damaged or from another model."""
+        metadata = io.read_metadata(path) or {}
+        if metadata.get("version") != str(STATE_VERSION):
+            raise FormatError(f"state version {metadata.get('version')!r}; this program reads {STATE_VERSION}", path)
+        if metadata.get("config") != self._config_digest():
+            raise FormatError("this state belongs to an agent with another configuration", path)
+        visual = io.load_safetensors(path)["visual"]
+        vision = self.model.config.vision
+        if visual.shape != (1, 1 + vision.n_patches, vision.d_model):
+            raise FormatError(f"shape {visual.shape} does not fit the model", path, "visual")
+        self._visual, self._picture = np.array(visual), metadata.get("picture", "")
+
+
+def save_heads(heads, directory):
+    """Write ``agent.json`` and ``agent.safetensors`` beside a model."""
+    directory = Path(directory)
+    io.save_safetensors(directory / "agent.safetensors", heads.state_dict())
+    io.save_json(directory / "agent.json", heads.config.to_dict())
+
+
+# ---------------------------------------------------------------------- what plugs into the recursion loop
+class _Reader:
+    """Reads one question about one picture; the state is (states, bias, change)."""
+
+    def __init__(self, model, heads, query, visual):
+        self.model, self.query, self.visual = model, query, visual
+        self.residual_layer = heads.config.injector.residual_layer
+        self.strangeness = heads.monitor.familiarity(visual)
+
+    def read(self, state):
+        predictor = self.model.predictor
+        states, bias, change = (predictor.look(self.query, self.visual), None, 0.0) if state is None else state
+        reading = predictor.read(self.query, states, bias, self.residual_layer)
+        cosines = self.model.similarities(reading.embedding)
+        gate = predictor.gate_activation()
+        answers = self.model.answer_bank()[0]
+        order = np.argsort(-cosines[0], kind="stable")
+        hidden = {"pooled": reading.pooled.data, "embedding": reading.embedding.data[0], "cosines": cosines,
+                  "scale": self.model.scale, "gate": np.full(1, 0.5) if gate is None else gate.mean(axis=0),
+                  "strangeness": self.strangeness, "change": change}
+        return Reading(answers[order[0]], tuple((answers[i], float(cosines[0, i])) for i in order[:8]),
+                       (states, bias, change), hidden)
+
+
+class _Monitor:
+    def __init__(self, heads, trained):
+        self.monitor, self.trained = heads.monitor, trained
+
+    def p_wrong(self, reading, depth):
+        if not self.trained:
+            return 0.0
+        seen = reading.hidden
+        features = monitor_features(seen["pooled"], seen["cosines"], seen["scale"], seen["gate"],
+                                    seen["strangeness"], depth, seen["change"])
+        return float(self.monitor.p_wrong(features)[0])
+
+
+class _Selector:
+    def __init__(self, agent):
+        self.agent = agent
+
+    def rank(self, reading, question, tools):
+        cards = self.agent.card_embeddings(tools)
+        return self.agent.heads.selector.rank(reading.hidden["pooled"], cards, tools, question)
+
+
+class _Injector:
+    def __init__(self, model, heads):
+        self.model, self.injector = model, heads.injector
+
+    def inject(self, reading, result):
+        states, bias, _ = reading.state
+        knowledge = self.model.encode_answers([result.text.strip().lower()])
+        if self.injector.config.mode == "residual":
+            bias = self.injector.bias(knowledge)
+            change = float(np.linalg.norm(bias.data) / max(np.linalg.norm(reading.hidden["pooled"]), 1e-12))
+            return (states, bias, change), change
+        if self.injector.config.mode == "token":
+            after = self.model.predictor.hear(self.model.tool_tokens([result.text.strip().lower()]), states)
+        else:
+            after = self.injector(Tensor(knowledge.data), states)
+        change = float(state_change(states, after)[0])
+        return (after, bias, change), change
