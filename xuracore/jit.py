@@ -24,6 +24,7 @@ import hashlib
 import importlib.util
 import os
 import threading
+import time
 import types
 import warnings
 from pathlib import Path
@@ -43,6 +44,7 @@ PRANGE_ONLY = {
 PARALLEL_WORK = 200_000  # scalar operations below which one thread is faster than two
 
 KERNELS = []  # every Kernel, in order of definition: for warm-up and the tests
+FIRST_CALLS = []  # (kernel name, parallel build or not, seconds) of each call that compiled or read the cache
 
 _compile_lock = threading.RLock()
 
@@ -239,7 +241,7 @@ class Kernel:
         with _compile_lock:
             dispatcher = self._compiled.get(parallel)
             if dispatcher is None:
-                dispatcher = _Locked(_jit(self.python, parallel, self.fastmath))
+                dispatcher = _Locked(_jit(self.python, parallel, self.fastmath), self.__name__, parallel)
                 self._compiled[parallel] = dispatcher
             return dispatcher
 
@@ -264,17 +266,19 @@ class _Locked:
     Python thread that arrives meanwhile should wait, not compile the same thing again.
     """
 
-    __slots__ = ("dispatcher", "ready")
+    __slots__ = ("dispatcher", "name", "parallel", "ready")
 
-    def __init__(self, dispatcher):
-        self.dispatcher, self.ready = dispatcher, set()
+    def __init__(self, dispatcher, name, parallel):
+        self.dispatcher, self.name, self.parallel, self.ready = dispatcher, name, parallel, set()
 
     def __call__(self, *arguments):
         key = tuple([getattr(a, "dtype", None) or type(a) for a in arguments])
         if key in self.ready:
             return self.dispatcher(*arguments)
         with _compile_lock:
+            start = time.perf_counter()
             result = self.dispatcher(*arguments)
+            FIRST_CALLS.append((self.name, self.parallel, time.perf_counter() - start))
             self.ready.add(key)
             return result
 
@@ -305,6 +309,23 @@ def _jit(python, parallel, fastmath):
             stacklevel=4,
         )
     return dispatcher
+
+
+def threading_layer():
+    """Name of the layer that runs Numba's parallel loops (``omp``, ``tbb``, ``workqueue``); starts its pool."""
+    numba = _numba()
+    from numba.np.ufunc.parallel import _launch_threads
+
+    _launch_threads()
+    return numba.threading_layer()
+
+
+def cache_directory():
+    """Folder of the compiled kernels, or None where nothing is cached; without Numba also None."""
+    if backend() == "numpy" or not KERNELS:
+        return None
+    cache = KERNELS[0].compiled().dispatcher._cache
+    return getattr(cache, "cache_path", None)
 
 
 def kernel(*, twin, parallel=False, fastmath=FMA):
