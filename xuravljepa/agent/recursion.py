@@ -53,11 +53,8 @@ class Reader(Protocol):
 
 
 class Monitor(Protocol):
-    def p_wrong(self, reading: Reading, depth: int, state_change: float) -> float:
-        """Probability that the reading's answer is wrong.
-
-        ``depth`` counts the re-readings so far, ``state_change`` is ‖ΔS‖ / ‖S‖ of the last injection.
-        """
+    def p_wrong(self, reading: Reading, depth: int) -> float:
+        """Probability that the reading's answer is wrong; ``depth`` counts the re-readings so far."""
 
 
 class Selector(Protocol):
@@ -166,7 +163,7 @@ class _Search:
 
     def outcome(self):
         self.reading = self.layer.reader.read(None)
-        self.p, note = self._doubt(self.reading, 0.0)
+        self.p, note = self._doubt(self.reading)
         self.best, self.best_p = self.reading, self.p
         self._record("read", p_wrong_after=self.p, candidates=self._nearest(), note=note)
         stop = None
@@ -263,7 +260,7 @@ class _Search:
     def _read_again(self, request, result, reading, change):
         self.meter.depth += 1
         before, self.reading = self.p, reading
-        self.p, note = self._doubt(reading, change)
+        self.p, note = self._doubt(reading)
         self.rises += self.p > before
         if self.p < self.best_p:
             self.best, self.best_p = reading, self.p
@@ -283,10 +280,10 @@ class _Search:
 
     # -- reading and recording ---------------------------------------------------------------------
 
-    def _doubt(self, reading, change):
+    def _doubt(self, reading):
         """p(wrong) of a reading.  A monitor that fails knows nothing: then the answer counts as wrong."""
         try:
-            p = float(self.layer.monitor.p_wrong(reading, self.meter.depth, change))
+            p = float(self.layer.monitor.p_wrong(reading, self.meter.depth))
         except Exception as error:
             return 1.0, f"the monitor failed: {_describe(error)}"
         if not math.isfinite(p):

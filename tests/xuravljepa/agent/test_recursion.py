@@ -39,8 +39,7 @@ class Script:
         self.readings.append(Reading(answer, (("near", 0.9), ("far", float("nan")), ("other", 0.1)), state))
         return self.readings[-1]
 
-    def p_wrong(self, reading, depth, state_change):
-        assert (state_change > 0) <= (depth > 0)
+    def p_wrong(self, reading, depth):
         p = self.doubts[min(depth, len(self.doubts) - 1)]
         if isinstance(p, Exception):
             raise p
