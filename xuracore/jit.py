@@ -30,6 +30,7 @@ import warnings
 from pathlib import Path
 
 from xuracore import threads
+from xuracore.errors import ConfigError
 
 FMA = frozenset({"contract"})
 REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
@@ -57,12 +58,12 @@ def backend():
     """
     asked = os.environ.get("XURA_KERNELS", "").strip().lower()
     if asked not in ("", "auto", "numba", "numpy"):
-        raise ValueError(f"XURA_KERNELS={asked!r}; expected 'numba', 'numpy' or 'auto'")
+        raise ConfigError(f"XURA_KERNELS={asked!r}; expected 'numba', 'numpy' or 'auto'")
     if asked == "numpy":
         return "numpy"
     if importlib.util.find_spec("numba") is None:
         if asked == "numba":
-            raise ImportError("XURA_KERNELS=numba, but Numba is not installed: pip install numba")
+            raise ConfigError("XURA_KERNELS=numba, but Numba is not installed: pip install numba")
         return "numpy"
     return "numba"
 

@@ -107,6 +107,11 @@ def pool():
     return _pool
 
 
+def blas_is_controlled():
+    """Whether :func:`set_num_threads` reaches the BLAS that NumPy uses."""
+    return bool(_blas_setters())
+
+
 @functools.cache
 def _blas_setters():
     """Thread-count setters of the OpenBLAS that NumPy loaded; empty for other BLAS libraries."""
