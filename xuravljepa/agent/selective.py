@@ -3,14 +3,18 @@
 Online.  A segment is a stretch of frames with one meaning.  With each frame the newest k frames, for
 every k up to a window, are compared with the segment before them (mean s of k frames, mean a of n):
 
-    surprise  F = (n k / (n + k)) ‖s − a‖² / σ²        σ² = ½ E‖x_t − x_{t−1}‖², the noise of one frame
-    drift     D = 1 − s·a / √((‖s‖² − σ²/k)(‖a‖² − σ²/n))
+    surprise  Z = (F − 1) √(D/2),   F = (n k / (n + k)) ‖s − a‖² / σ²
+    drift     1 − s·a / √((‖s‖² − σ²/k)(‖a‖² − σ²/n))
 
-F is Ward's cost of splitting there, in units of noise: about 1 wherever nothing changed, whatever n and k
-(a generalised likelihood ratio).  D is the cosine distance of the two means once the noise is taken off
-their lengths.  A split is made where F says that there is a change and D that it matters; the k with the
-largest F says which frames are new, and their mean is what is decoded.  So without noise a change is seen
-in its first frame, and with noise as soon as enough frames speak for it.
+F is Ward's cost of splitting there in units of noise, a generalised likelihood ratio.  Where nothing changed
+its mean is 1 and its standard deviation √(2/D), whatever n and k, so Z counts standard deviations.  The
+drift is the cosine distance of the two means once the noise is taken off their lengths.  A split is made
+where Z says that there is a change and the drift that it matters; the k with the largest Z says which frames
+are new, and their mean is what is decoded.  So without noise a change is seen in its first frame, and with
+noise as soon as enough frames speak for it.
+
+The noise is estimated from differences δ_t = x_t − x_{t−1} as the stream runs, with its covariance Σ:
+σ² = tr Σ = ½ E‖δ_t‖², and its number of dimensions D = (tr Σ)² / tr Σ², tr Σ² = ¼ E(δ_t·δ_{t−2})².
 
 Offline (VL-JEPA §selective decoding): agglomerative clustering of adjacent segments by Ward's criterion.
 """
@@ -25,6 +29,7 @@ from xuracore.errors import ConfigError, FormatError, ShapeError
 
 _SHRINK = 0.1  # a mean's squared length keeps at least this share when its noise is taken off
 _TINY = 1e-12
+_FEW = 10  # frames before the noise's number of dimensions is trusted
 _SCALES = (0.1, 10.0)  # how far the controller may move the thresholds
 
 
@@ -32,8 +37,8 @@ _SCALES = (0.1, 10.0)  # how far the controller may move the thresholds
 class SelectiveConfig:
     """When to decode."""
 
-    drift: float = 0.2  # D above which a change matters
-    surprise: float = 2.0  # F above which it is no noise; its mean without a change is 1
+    drift: float = 0.2  # above which a change matters
+    surprise: float = 5.0  # standard deviations above which it is no noise
     window: int = 16  # newest frames among which the change is looked for
     min_gap: int = 1  # frames between two decodes, at least
     target_rate: float | None = None  # decodes a frame: both thresholds are then moved to meet it
@@ -41,8 +46,8 @@ class SelectiveConfig:
     memory: float = 0.02  # share of the newest frame in the estimate of the noise
 
     def __post_init__(self):
-        if not 0 < self.drift < 2 or not self.surprise > 1:
-            raise ConfigError(f"SelectiveConfig needs 0 < drift < 2 and surprise > 1, got {self.drift} and "
+        if not 0 < self.drift < 2 or not self.surprise > 0:
+            raise ConfigError(f"SelectiveConfig needs 0 < drift < 2 and surprise > 0, got {self.drift} and "
                               f"{self.surprise}")
         if self.window < 1 or self.min_gap < 1:
             raise ConfigError("SelectiveConfig needs window ≥ 1 and min_gap ≥ 1")
@@ -59,8 +64,8 @@ class Decode:
     frame: int  # index of the newest frame
     start: int  # index of the first frame of the new segment
     embedding: np.ndarray  # (d,) unit length: the mean of the new segment's frames
-    drift: float  # D of the split; 0 for the first frame
-    surprise: float  # F of the split; 0 for the first frame
+    drift: float  # of the split; 0 for the first frame
+    surprise: float  # of the split; 0 for the first frame
 
 
 class SelectiveDecoder:
@@ -78,7 +83,7 @@ class SelectiveDecoder:
         """Forget the stream: the next frame is a first one."""
         self.frames = self.decodes = 0  # seen, and decoded
         self.scale = 1.0  # of the thresholds, moved by the controller
-        self._noise, self._since = 0.0, 0
+        self._noise, self._spread, self._since = 0.0, 0.0, 0  # tr Σ, tr Σ²; frames since the last decode
         self._recent, self._sum, self._count = None, None, 0  # newest frames; the segment's sum and length
 
     @property
@@ -104,11 +109,8 @@ class SelectiveDecoder:
         if first:
             self._recent, self._sum = x[None, :], np.zeros_like(x)
         else:
-            # The running estimate starts as a plain mean, so that it does not start at zero.
-            share = max(self.config.memory, 1.0 / self.frames)
-            self._noise += share * (0.5 * float(np.sum((x - self._recent[-1]) ** 2)) - self._noise)
-            self._recent = np.concatenate([self._recent[1 - self.config.window:], x[None, :]]) \
-                if self.config.window > 1 else x[None, :]
+            self._recent = np.concatenate([self._recent[-self._kept:], x[None, :]])
+            self._measure_noise()
         self._sum = self._sum + x
         self._count += 1
         self._since += 1
@@ -119,22 +121,37 @@ class SelectiveDecoder:
             self.scale = min(max(self.scale * math.exp(step), _SCALES[0]), _SCALES[1])
         return decode
 
+    @property
+    def _kept(self):
+        return max(self.config.window - 1, 3)  # frames before the newest; the noise needs three
+
+    def _measure_noise(self):
+        # Running means that start as plain ones, so that the first value is not taken for zero.
+        differences = np.diff(self._recent[-4:], axis=0)
+        share = max(self.config.memory, 1.0 / self.frames)
+        self._noise += share * (0.5 * float(differences[-1] @ differences[-1]) - self._noise)
+        if len(differences) == 3:
+            share = max(self.config.memory, 1.0 / (self.frames - 2))
+            self._spread += share * (0.25 * float(differences[2] @ differences[0]) ** 2 - self._spread)
+
     def _split(self):
-        longest = min(len(self._recent), self._count - 1)
+        longest = min(self.config.window, len(self._recent), self._count - 1)
         if longest < 1 or self._since < self.config.min_gap:
             return None
         k = np.arange(1, longest + 1)
         n = self._count - k
         newest = np.cumsum(self._recent[::-1][:longest], axis=0)  # (longest, d), sums of the newest k
         s, a = newest / k[:, None], (self._sum - newest) / n[:, None]
-        surprise = k * n / (k + n) * np.sum((s - a) ** 2, axis=1) / max(self._noise, _TINY)
-        best = int(np.argmax(surprise))
+        ratio = k * n / (k + n) * np.sum((s - a) ** 2, axis=1) / max(self._noise, _TINY)
+        best = int(np.argmax(ratio))
         drift = _drift(s[best], a[best], self._noise / k[best], self._noise / n[best])
-        if drift <= self.config.drift * self.scale:
+        # Before there are differences enough, few dimensions are assumed: a high threshold.
+        few = self.frames < _FEW
+        dimensions = 1.0 if few else min(max(self._noise**2 / max(self._spread, _TINY), 1.0), s.shape[1])
+        surprise = (float(ratio[best]) - 1.0) * math.sqrt(dimensions / 2)
+        if drift <= self.config.drift * self.scale or surprise <= self.config.surprise * self.scale:
             return None
-        if surprise[best] <= 1.0 + (self.config.surprise - 1.0) * self.scale:
-            return None
-        return self._begin(best + 1, drift, float(surprise[best]))
+        return self._begin(best + 1, drift, surprise)
 
     def _begin(self, k, drift, surprise):
         """A new segment that consists of the newest k frames."""
@@ -161,7 +178,7 @@ class SelectiveDecoder:
     def state_dict(self):
         """Everything needed to go on later, as arrays: ``{name: ndarray}``."""
         state = {"counters": np.array([self.frames, self.decodes, self._since, self._count], np.int64),
-                 "levels": np.array([self.scale, self._noise], np.float64)}
+                 "levels": np.array([self.scale, self._noise, self._spread], np.float64)}
         if self._recent is not None:
             state |= {"recent": self._recent.copy(), "sum": self._sum.copy()}
         return state
@@ -170,26 +187,27 @@ class SelectiveDecoder:
         """Go on from ``state_dict()``; raises FormatError where it makes no sense."""
         try:
             frames, decodes, since, count = (int(value) for value in state["counters"])
-            scale, noise = (float(value) for value in state["levels"])
+            scale, noise, spread = (float(value) for value in state["levels"])
             recent, total = state.get("recent"), state.get("sum")
             empty = recent is None and total is None and frames == 0
             full = (not empty and recent.ndim == 2 and total.shape == recent.shape[1:]
-                    and 1 <= len(recent) <= self.config.window and np.isfinite(recent).all()
+                    and 1 <= len(recent) <= self._kept + 1 and np.isfinite(recent).all()
                     and np.isfinite(total).all())
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FormatError(f"the state of a selective decoder is damaged: {error}") from None
-        sound = math.isfinite(scale) and noise >= 0 and min(frames, decodes, since, count) >= 0
+        sound = (math.isfinite(scale) and noise >= 0 and spread >= 0
+                 and min(frames, decodes, since, count) >= 0)
         if not (empty or full) or not sound:
             raise FormatError("the state of a selective decoder does not fit together")
         self.reset()
         self.frames, self.decodes, self._since, self._count = frames, decodes, since, count
-        self.scale, self._noise = scale, noise
+        self.scale, self._noise, self._spread = scale, noise, spread
         if full:
             self._recent, self._sum = recent.astype(np.float64), total.astype(np.float64)
 
 
 def _drift(s, a, noise_s, noise_a):
-    """D of two means, whose squared lengths hold so much noise."""
+    """Cosine distance of two means, whose squared lengths hold so much noise."""
     ss, aa = float(s @ s), float(a @ a)
     length = math.sqrt(max(ss - noise_s, _SHRINK * ss) * max(aa - noise_a, _SHRINK * aa))
     return 1.0 - float(s @ a) / max(length, _TINY)

@@ -41,9 +41,10 @@ def accuracy(concepts, labels, decodes):
     return np.mean(latest == labels)
 
 
-@pytest.mark.parametrize("noise, least", [(0.0, 1.0), (1.0, 0.99), (2.0, 0.9)])
-def test_planted_changes_are_found(noise, least):
-    concepts, labels, frames = stream(noise)
+@pytest.mark.parametrize("noise, width, least",
+                         [(0.0, 64, 1.0), (1.0, 64, 0.99), (2.0, 64, 0.9), (1.0, 16, 0.9)])
+def test_planted_changes_are_found(noise, width, least):
+    concepts, labels, frames = stream(noise, width=width)
     _, decodes = decode_all(frames)
     assert boundary_f1([decode.start for decode in decodes[1:]], changes(labels), tolerance=2) >= 0.9
     assert accuracy(concepts, labels, decodes) >= least
@@ -143,10 +144,10 @@ def test_a_frame_that_is_none_is_refused_and_nothing_changes(frame, error):
     assert all(np.array_equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("change", [{"counters": np.zeros(2)}, {"levels": np.array([np.nan, 0.0])},
+@pytest.mark.parametrize("change", [{"counters": np.zeros(2)}, {"levels": np.array([np.nan, 0.0, 0.0])},
                                     {"recent": np.zeros(4)}, {"recent": np.full((1, 4), np.nan)},
                                     {"sum": np.zeros(3)}, {"recent": np.zeros((99, 4))}, {"counters": None},
-                                    {"levels": np.array([1.0, -1.0])}])
+                                    {"levels": np.array([1.0, -1.0, 0.0])}])
 def test_a_damaged_state_is_refused(change):
     decoder, _ = decode_all([np.ones(4)])
     with pytest.raises(FormatError):
@@ -154,7 +155,7 @@ def test_a_damaged_state_is_refused(change):
 
 
 @pytest.mark.parametrize("wrong", [
-    {"drift": 0.0}, {"drift": 2.0}, {"surprise": 1.0}, {"window": 0}, {"min_gap": 0}, {"target_rate": 0.0},
+    {"drift": 0.0}, {"drift": 2.0}, {"surprise": 0.0}, {"window": 0}, {"min_gap": 0}, {"target_rate": 0.0},
     {"target_rate": 1.1}, {"gain": 0.0}, {"memory": 0.0}, {"drift": float("nan")},
 ])
 def test_a_configuration_that_makes_no_sense_is_refused(wrong):
