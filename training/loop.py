@@ -6,12 +6,16 @@
     sys.exit(result.exit_code)
 
 ``loss_function(model, batch, rng)`` returns ``(loss, metrics)``: a Tensor of one element, the mean over
-the batch, and a dict of numbers to log.  ``batches.batch(i)`` returns batch number i, a pure function of
-i.  ``rng`` is a Philox generator keyed by (seed, i).  So a resumed run draws what an uninterrupted one
-would have drawn, and its tensors are equal bit for bit (same machine, same number of threads).
+the batch, and a dict of numbers to log.  One with a method ``accumulate``, such as
+:class:`training.accumulate.TwoPass`, sees all batches of an accumulated step together.
+
+``batches.batch(i)`` returns batch number i, a pure function of i; ``rng`` is a Philox generator keyed by
+(seed, i).  So a resumed run draws what an uninterrupted one would have drawn, and its tensors are equal
+bit for bit (same machine, same number of threads).
 """
 
 import contextlib
+import functools
 import math
 import shutil
 import signal
@@ -161,30 +165,34 @@ class Trainer:
         return "" if self.output_dir is None else f", saved in {self.output_dir}; resume to go on"
 
     def _one_step(self, batches):
-        config = self.config
-        started = time.perf_counter()
-        losses, metrics, samples, waited = [], {}, 0, 0.0
+        started, count, rate = time.perf_counter(), self.config.accumulate, float(self.schedule(self.step))
+        taken = _Taken(batches)
+        indices = range(self.step * count, (self.step + 1) * count)
         self.optimizer.zero_grad()
-        for part in range(config.accumulate):
-            index = self.step * config.accumulate + part
-            before = time.perf_counter()
-            batch = batches(index)
-            waited += time.perf_counter() - before
-            with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # _update looks at the result
-                loss, values = self.loss_function(self.model, batch, self._rng(index))
-                losses.append(loss.item())
-                if math.isfinite(losses[-1]):
-                    (loss * (1.0 / config.accumulate) if config.accumulate > 1 else loss).backward()
-            samples += _batch_size(batch)
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # _update looks at the result
+            if count > 1 and hasattr(self.loss_function, "accumulate"):
+                rngs = [functools.partial(self._rng, i) for i in indices]
+                loss, metrics = self.loss_function.accumulate(self.model, [taken(i) for i in indices], rngs)
+            else:
+                loss, metrics = self._mean_gradient(taken, indices)
+        norm = self._update(loss, rate)
+        self.step += 1
+        record = {"loss": loss, **{name: float(value) for name, value in metrics.items()}, "grad_norm": norm}
+        self._window.add(record, taken.samples, time.perf_counter() - started, taken.seconds)
+        self._line.show(self.step, {"loss": loss, "lr": rate})
+        self._report(rate)
+
+    def _mean_gradient(self, batches, indices):
+        """Add up the gradients of batch after batch, divided by their number; mean loss and metrics."""
+        losses, metrics = [], {}
+        for index in indices:
+            loss, values = self.loss_function(self.model, batches(index), self._rng(index))
+            losses.append(loss.item())
+            if math.isfinite(losses[-1]):
+                (loss * (1.0 / len(indices)) if len(indices) > 1 else loss).backward()
             for name, value in values.items():
                 metrics.setdefault(name, []).append(float(value))
-        rate, mean_loss = float(self.schedule(self.step)), float(np.mean(losses))
-        norm = self._update(mean_loss, rate)
-        self.step += 1
-        record = {"loss": mean_loss, **{k: float(np.mean(v)) for k, v in metrics.items()}, "grad_norm": norm}
-        self._window.add(record, samples, time.perf_counter() - started, waited)
-        self._line.show(self.step, {"loss": record["loss"], "lr": rate})
-        self._report(rate)
+        return float(np.mean(losses)), {name: np.mean(values) for name, values in metrics.items()}
 
     def _update(self, loss, rate):
         """Clip and step, unless loss or gradient is not finite; returns the norm of the gradient."""
@@ -370,6 +378,20 @@ class Trainer:
     def _write(self, record):
         if self._log is not None:
             self._log.write({"step": self.step, **record})
+
+
+class _Taken:
+    """Batches as they are taken for one step: how many samples, and how long it took to get them."""
+
+    def __init__(self, source):
+        self.source, self.samples, self.seconds = source, 0, 0.0
+
+    def __call__(self, index):
+        before = time.perf_counter()
+        batch = self.source(index)
+        self.seconds += time.perf_counter() - before
+        self.samples += _batch_size(batch)
+        return batch
 
 
 class _Window:
