@@ -1,5 +1,13 @@
 """Sequence models with a state: every layer is ``y, state = mixer(x, state=None)``."""
 
+from xuramamba import discretize, rotary
+from xuramamba.block import Block, GatedMLP, Stack, StackConfig
+from xuramamba.language_model import LanguageModel, LanguageModelConfig
+from xuramamba.mamba1 import Mamba1, Mamba1Config, Mamba1State
 from xuramamba.mamba3 import Mamba3, Mamba3Config, Mamba3State
 
-__all__ = ["Mamba3", "Mamba3Config", "Mamba3State"]
+__all__ = [
+    "Block", "GatedMLP", "LanguageModel", "LanguageModelConfig", "Mamba1", "Mamba1Config", "Mamba1State",
+    "Mamba3", "Mamba3Config", "Mamba3State", "Stack", "StackConfig",
+    "discretize", "rotary",
+]  # fmt: skip

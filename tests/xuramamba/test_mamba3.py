@@ -133,26 +133,6 @@ def test_gradient_reaches_the_initial_state():
     assert xc.gradcheck(function, [part.numpy() for part in start])
 
 
-def as_half(mixer, size):
-    """The same mixer with rotary='half': coordinate 2i goes to i, 2i+1 to i + N/2."""
-    c = mixer.config
-    order = np.concatenate([np.arange(0, size, 2), np.arange(1, size, 2)])
-    other = Mamba3(8, d_state=size, headdim=4, rope_fraction=c.rope_fraction, rotary="half").to_dtype(np.float64)
-    state = {name: value.copy() for name, value in mixer.state_dict().items()}
-    rows = state["in_proj.weight"]
-    for start in (2 * c.d_inner, 2 * c.d_inner + size):
-        rows[start : start + size] = rows[start : start + size][order]
-    for name in ("B_bias", "C_bias", "B_norm.weight", "C_norm.weight"):
-        state[name] = state[name][..., order]
-    other.load_state_dict(state)
-    return other
-
-
-def test_pair_and_half_rotation_are_one_model_up_to_a_permutation():
-    mixer, x = build(), sequence()
-    close(run(as_half(mixer, 8), x)[0], run(mixer, x)[0])
-
-
 def test_one_rank_with_unit_weights_is_the_single_input_model():
     mixer, x = build(), sequence()
     mimo = Mamba3(8, d_state=8, headdim=4, is_mimo=True, mimo_rank=1).to_dtype(np.float64)

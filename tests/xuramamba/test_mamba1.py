@@ -1,0 +1,147 @@
+"""Mamba-1 equals the reference model in two sizes, and obeys the laws of a mixer."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import xuracore as xc
+from xuracore.errors import ConfigError, ShapeError
+from xuramamba import LanguageModel, LanguageModelConfig, Mamba1
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden_model(name):
+    vectors = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
+    c = json.loads(str(vectors["meta"]))["config"]
+    fields = {
+        "d_state": c["state_size"], "d_conv": c["conv_kernel"], "expand": c["expand"],
+        "dt_rank": c["time_step_rank"], "bias": c["use_bias"], "conv_bias": c["use_conv_bias"],
+    }  # fmt: skip
+    model = LanguageModel(
+        LanguageModelConfig(
+            c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], "mamba1", fields,
+            norm_eps=c["layer_norm_epsilon"],
+        )  # fmt: skip
+    )
+    weights = {key[2:]: vectors[key] for key in vectors.files if key.startswith("w.")}
+    renamed = {f"backbone.{key}".replace("embeddings.", "embedding."): value for key, value in weights.items()}
+    model.load_state_dict(renamed)
+    prefill = int(re.search(r"first (\d+) tokens", str(vectors["meta"])).group(1))
+    return model, vectors, prefill
+
+
+def near(got, want, tolerance=2e-5):
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, np.abs(want).max()))
+
+
+NAMES = ["mamba1_base", "mamba1_bias_k3"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_and_gradients_of_the_reference_model(name):
+    model, vectors, _ = golden_model(name)
+    hidden, _ = model.backbone(vectors["in.input_ids"])
+    near(hidden.numpy(), vectors["out.last_hidden_state"])
+    hidden.backward(vectors["cot.last_hidden_state"])
+    for path, parameter in model.backbone.named_parameters():
+        near(parameter.grad, vectors["gw." + path.replace("embedding.", "embeddings.")], 5e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_states_after_a_prefix_and_after_single_steps(name):
+    model, vectors, prefill = golden_model(name)
+    ids = vectors["in.input_ids"]
+    with xc.no_grad():
+        _, state = model.backbone(ids[:, :prefill])
+        same_states(state, vectors, "prefill")
+        outputs = []
+        for t in range(prefill, ids.shape[1]):
+            hidden, state = model.backbone(ids[:, t : t + 1], state)
+            outputs.append(hidden.numpy())
+    near(np.concatenate(outputs, axis=1), vectors["out.decode.last_hidden_state"])
+    same_states(state, vectors, "decode")
+
+
+def same_states(states, vectors, when):
+    for i, state in enumerate(states):
+        conv = state.conv.numpy().swapaxes(1, 2)  # the reference keeps one more input than is needed
+        near(conv, vectors[f"out.{when}.conv_states.{i}"][:, :, 1:])
+        near(state.ssm.numpy(), vectors[f"out.{when}.recurrent_states.{i}"])
+
+
+def build(**fields):
+    mixer = Mamba1(6, d_state=3, rng=np.random.default_rng(3), dt_min=0.1, dt_max=1.0, **fields)
+    return mixer.to_dtype(np.float64)
+
+
+def sequence(length=9, seed=0):
+    return np.random.default_rng(seed).standard_normal((2, length, 6))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 9])
+def test_any_chunking_gives_the_full_result(chunk):
+    mixer, x = build(), sequence()
+    with xc.no_grad():
+        whole, last = mixer(xc.Tensor(x))
+        state, pieces = mixer.initial_state(2), []
+        for start in range(0, 9, chunk):
+            y, state = mixer(xc.Tensor(x[:, start : start + chunk]), state)
+            pieces.append(y.numpy())
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole.numpy(), rtol=1e-11, atol=1e-12)
+    for a, b in zip(state, last):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-11, atol=1e-12)
+
+
+def test_the_past_does_not_see_the_future():
+    mixer, x = build(), sequence()
+    other = x.copy()
+    other[:, 4:] += 1
+    with xc.no_grad():
+        np.testing.assert_array_equal(mixer(xc.Tensor(x))[0].numpy()[:, :4], mixer(xc.Tensor(other))[0].numpy()[:, :4])
+
+
+def test_gradient_through_a_carried_state_is_the_full_gradient():
+    mixer, x = build(), sequence()
+
+    def gradients(cut):
+        mixer.zero_grad()
+        tensor = xc.Tensor(x, requires_grad=True)
+        if cut:
+            first, state = mixer(tensor[:, :4])
+            second, _ = mixer(tensor[:, 4:], state)
+            loss = (first * first).sum() + (second * second).sum()
+        else:
+            y, _ = mixer(tensor)
+            loss = (y * y).sum()
+        loss.backward()
+        return [tensor.grad] + [parameter.grad for parameter in mixer.parameters()]
+
+    for whole, chained in zip(gradients(False), gradients(True)):
+        np.testing.assert_allclose(chained, whole, rtol=1e-9, atol=1e-11)
+
+
+def test_gradient_reaches_the_initial_state():
+    mixer, x = build(), sequence(length=3)
+    with xc.no_grad():
+        _, start = mixer(xc.Tensor(sequence(seed=5)))
+
+    def function(conv, ssm):
+        y, after = mixer(xc.Tensor(x), (conv, ssm))
+        return y, *after
+
+    assert xc.gradcheck(function, [part.numpy() for part in start])
+
+
+@pytest.mark.parametrize("fields", [{"d_conv": 0}, {"dt_rank": "some"}, {"dt_rank": 0}, {"d_stat": 3}])
+def test_impossible_configurations_are_refused(fields):
+    with pytest.raises(ConfigError):
+        Mamba1(6, **fields)
+
+
+def test_a_wrong_width_is_named():
+    with pytest.raises(ShapeError, match="expected"):
+        build()(xc.Tensor(np.zeros((1, 2, 7))))
