@@ -33,14 +33,17 @@ def training_parser(description, epilog, **defaults):
     group.add_argument("--steps", type=positive, metavar="N", help=f"optimizer steps (default {defaults['steps']})")
     group.add_argument("--batch-size", type=positive, metavar="N", help=f"default {defaults['batch_size']}")
     group.add_argument("--accumulate", type=positive, default=1, metavar="N", help="batches per step (default 1)")
-    group.add_argument("--lr", type=float, default=defaults["lr"], help=f"peak learning rate (default {defaults['lr']:g})")
+    group.add_argument("--lr", type=float, default=defaults["lr"],
+                       help=f"peak learning rate (default {defaults['lr']:g})")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine")
-    group.add_argument("--warmup", type=int, metavar="STEPS", help=f"default {defaults['warmup']}, at most a tenth of all")
+    group.add_argument("--warmup", type=int, metavar="STEPS",
+                       help=f"default {defaults['warmup']}, at most a tenth of all")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
     group.add_argument("--weight-decay", type=float, default=defaults["weight_decay"],
                        help=f"default {defaults['weight_decay']:g}; never on biases, norms, A, D, Δ or temperature")
     group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
-    group.add_argument("--ema", type=float, metavar="DECAY", help="keep averaged weights, for evaluation and the result")
+    group.add_argument("--ema", type=float, metavar="DECAY",
+                       help="keep averaged weights, for evaluation and the result")
     group = parser.add_argument_group("running")
     group.add_argument("--output-dir", default=defaults["output_dir"], metavar="DIR",
                        help=f"default {defaults['output_dir']}")

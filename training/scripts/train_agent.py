@@ -6,6 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
+if not __package__:  # run by path: import the packages that this script lies beside
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from training import metrics, options
 from training.data.dataset import Dataset
 from training.data.tools_data import write_price_list

@@ -4,6 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+if not __package__:  # run by path: import the packages that this script lies beside
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 from training import options
 from training.phases import decoder
 from training.phases.common import FeatureStore

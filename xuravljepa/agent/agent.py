@@ -113,8 +113,8 @@ class Agent:
         query = self.model.query_tokens([question])
         reader = _Reader(self.model, self.heads, query, visual)
         options = {} if clock is None else {"clock": clock}
-        layer = RecursionLayer(reader, _Monitor(self.heads, self.trained), _Selector(self), _Injector(self.model, self.heads),
-                               self.tools, runner, self.recursion, **options)
+        layer = RecursionLayer(reader, _Monitor(self.heads, self.trained), _Selector(self),
+                               _Injector(self.model, self.heads), self.tools, runner, self.recursion, **options)
         run = Run(
             run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(),
             image=self._picture, started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -161,7 +161,6 @@ class Agent:
         return np.stack([self._cards[text] for text in texts])
 
     # ------------------------------------------------------------------ streams
-    @no_grad()
     def stream(self, frames, question=CAPTION_QUERY, decoder=None):
         """Watch frames and answer ``question`` only where something changed.
 
@@ -171,13 +170,17 @@ class Agent:
         from xuravljepa.agent.selective import SelectiveDecoder
 
         decoder = SelectiveDecoder() if decoder is None else decoder
-        query = self.model.query_tokens([question])
         monitor = _Monitor(self.heads, self.trained)
+        with no_grad():
+            query = self.model.query_tokens([question])
         for number, frame in enumerate(frames):
-            visual = self._see(frame)
-            reading = _Reader(self.model, self.heads, query, visual).read(None)
-            if decoder.push(reading.hidden["embedding"]) is not None:
-                yield number, reading.answer, 1 - monitor.p_wrong(reading, 0)
+            with no_grad():  # not around the yield: the caller's own gradients are not ours to switch off
+                visual = self._see(frame)
+                reading = _Reader(self.model, self.heads, query, visual).read(None)
+                spoken = decoder.push(reading.hidden["embedding"]) is not None
+                confidence = 1 - monitor.p_wrong(reading, 0) if spoken else None
+            if spoken:
+                yield number, reading.answer, confidence
 
     # ------------------------------------------------------------------ state
     def save_state(self, path):
