@@ -22,7 +22,7 @@ def generate(
         raise ShapeError(f"token_ids has shape {ids.shape}; expected (B, L) with L at least 1")
     if max_new_tokens < 0:
         raise ConfigError(f"max_new_tokens={max_new_tokens}; expected 0 or more")
-    ends = np.atleast_1d(np.asarray([] if stop is None else list(stop) if np.iterable(stop) else stop, np.int64))
+    ends = [] if stop is None else list(stop) if np.iterable(stop) else [stop]
     stopped = np.zeros(len(ids), bool)
     pieces, fed, state = [ids], ids, None
     for _ in range(max_new_tokens):

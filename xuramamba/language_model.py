@@ -14,6 +14,8 @@ from xuracore.tensor import Tensor
 from xuramamba.block import Stack, StackConfig
 from xuramamba.generate import generate
 
+MODEL_TYPE = "xura_language_model"
+
 
 @dataclass(frozen=True)
 class LanguageModelConfig(Config):
@@ -78,7 +80,7 @@ class LanguageModel(Module):
     def forward(self, token_ids, state=None, **options):
         ids = np.asarray(token_ids.data if isinstance(token_ids, Tensor) else token_ids)
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind not in "iu":
-            raise ShapeError(f"token_ids has shape {ids.shape} and type {ids.dtype}; expected (B, L ≥ 1) integers")
+            raise ShapeError(f"token_ids: shape {ids.shape}, type {ids.dtype}; expected (B, L ≥ 1) integers")
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
             raise ShapeError(
                 f"token_ids go from {ids.min()} to {ids.max()}; the vocabulary has {self.config.vocab_size}"
@@ -99,7 +101,7 @@ class LanguageModel(Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         io.save_safetensors(directory / "model.safetensors", self.state_dict())
-        io.save_json(directory / "config.json", {"model_type": "xura_language_model", **self.config.to_dict()})
+        io.save_json(directory / "config.json", {"model_type": MODEL_TYPE, **self.config.to_dict()})
 
     @classmethod
     def from_pretrained(cls, directory):
@@ -108,8 +110,8 @@ class LanguageModel(Module):
         fields = dict(io.load_json(directory / "config.json"))
         kind = fields.pop("model_type", None)
         require(
-            kind == "xura_language_model",
-            f"{directory / 'config.json'}: model_type is {kind!r}; expected 'xura_language_model'",
+            kind == MODEL_TYPE,
+            f"{directory / 'config.json'}: model_type is {kind!r}; expected {MODEL_TYPE!r}",
         )
         model = cls(LanguageModelConfig.from_dict(fields))
         model.load_state_dict(io.load_safetensors(directory / "model.safetensors"))

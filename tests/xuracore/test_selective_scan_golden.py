@@ -13,16 +13,19 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 def scan(given):
     """Vectors are channel-major, (B, D, L) and (B, N, L) or (B, G, N, L); ours are time-major."""
     order = {3: (0, 2, 1), 4: (0, 3, 1, 2)}
-    u, delta, b, c, z = (given[name].transpose(*order[given[name].ndim]) for name in ("u", "delta", "B", "C", "z"))
+    u, delta, b, c, z = (
+        given[name].transpose(*order[given[name].ndim]) for name in ("u", "delta", "B", "C", "z")
+    )
     y, last = xc.ops.selective_scan(
         u, delta, given["A"], b, c, given["D"], z, given["delta_bias"], given.get("h0"), delta_softplus=True
     )
     return y.transpose(0, 2, 1), last
 
 
-@pytest.mark.parametrize(
-    "name", ["op_selective_scan", "op_selective_scan_h0", "upstream/mamba1_scan_g1", "upstream/mamba1_scan_g2"]
-)
+NAMES = ["op_selective_scan", "op_selective_scan_h0", "upstream/mamba1_scan_g1", "upstream/mamba1_scan_g2"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_outputs_and_gradients(name):
     vectors = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
     names = [key for key in vectors.files if key.startswith(("in.", "w."))]

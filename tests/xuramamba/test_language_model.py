@@ -12,8 +12,9 @@ CONFIGS = {
     "mamba1": LanguageModelConfig(13, 8, 2, "mamba1", {"d_state": 3}),
     "mamba3": LanguageModelConfig(13, 8, 2, "mamba3", {"d_state": 4, "headdim": 4}),
     "with mlp": LanguageModelConfig(
-        13, 8, 2, "mamba3", {"d_state": 4, "headdim": 4}, d_intermediate=5, mlp_multiple_of=4, tie_embeddings=False
-    ),
+        13, 8, 2, "mamba3", {"d_state": 4, "headdim": 4},
+        d_intermediate=5, mlp_multiple_of=4, tie_embeddings=False,
+    ),  # fmt: skip
 }
 
 
@@ -67,7 +68,8 @@ def test_greedy_generation_is_the_argmax_of_the_whole_each_time():
 def test_the_same_seed_draws_the_same_text():
     model, ids = build("mamba3"), tokens()
     one, two = (
-        model.generate(ids, 8, temperature=1.5, top_k=6, top_p=0.9, rng=np.random.default_rng(5)) for _ in "ab"
+        model.generate(ids, 8, temperature=1.5, top_k=6, top_p=0.9, rng=np.random.default_rng(5))
+        for _ in range(2)
     )
     assert (one == two).all()
 
@@ -95,8 +97,13 @@ def test_top_k_and_top_p_keep_the_best():
     np.testing.assert_allclose(filtered_probabilities(logits, top_p=1.0).sum(), 1)
 
 
-@pytest.mark.parametrize("options", [{"temperature": -1}, {"temperature": 1.0},
-                                     {"temperature": 1.0, "top_k": 0}, {"temperature": 1.0, "top_p": 0}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": -1}, {"temperature": 1.0},
+        {"temperature": 1.0, "top_k": 0}, {"temperature": 1.0, "top_p": 0},
+    ],  # fmt: skip
+)
 def test_sampling_refuses_what_makes_no_sense(options):
     given = {"rng": np.random.default_rng(0)} if "top_k" in options or "top_p" in options else {}
     with pytest.raises(ConfigError):

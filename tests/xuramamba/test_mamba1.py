@@ -28,8 +28,9 @@ def golden_model(name):
         )  # fmt: skip
     )
     weights = {key[2:]: vectors[key] for key in vectors.files if key.startswith("w.")}
-    renamed = {f"backbone.{key}".replace("embeddings.", "embedding."): value for key, value in weights.items()}
-    model.load_state_dict(renamed)
+    model.load_state_dict(
+        {f"backbone.{key}".replace("embeddings.", "embedding."): value for key, value in weights.items()}
+    )
     prefill = int(re.search(r"first (\d+) tokens", str(vectors["meta"])).group(1))
     return model, vectors, prefill
 
@@ -101,7 +102,8 @@ def test_the_past_does_not_see_the_future():
     other = x.copy()
     other[:, 4:] += 1
     with xc.no_grad():
-        np.testing.assert_array_equal(mixer(xc.Tensor(x))[0].numpy()[:, :4], mixer(xc.Tensor(other))[0].numpy()[:, :4])
+        one, two = (mixer(xc.Tensor(value))[0].numpy() for value in (x, other))
+    np.testing.assert_array_equal(one[:, :4], two[:, :4])
 
 
 def test_gradient_through_a_carried_state_is_the_full_gradient():

@@ -205,7 +205,7 @@ def parity(bits, dtype):
     axis[..., 0] = 1
     y, *_ = xc.ops.trapezoidal_scan(
         axis, axis, bits.reshape(1, length, 1, 1).astype(dtype), one, 0 * one, 60 * one,
-        (40 * bits).reshape(1, length, 1).astype(dtype), np.zeros((1, 1, 2), dtype), np.zeros((1, 1, 2), dtype),
+        (40 * bits).reshape(1, length, 1).astype(dtype), *np.zeros((2, 1, 1, 2), dtype),
     )  # fmt: skip
     return y.reshape(-1)
 

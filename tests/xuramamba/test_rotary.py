@@ -35,8 +35,8 @@ def test_cumulative_angles_are_those_of_the_scan():
     start = np.array([[[0.3, 5.0]]])
     zeros = np.zeros((1, 6, 1, 1, 4))
     _, theta, *_ = xc.ops.trapezoidal_scan(
-        zeros, zeros, np.zeros((1, 6, 1, 1)), dt, -dt, dt, angles, np.zeros((1, 1, 4)), np.zeros((1, 1, 4)),
-        None, None, start, np.zeros((1, 1, 1, 4)), np.zeros((1, 1, 1, 4)), np.zeros((1, 1, 1)),
+        zeros, zeros, np.zeros((1, 6, 1, 1)), dt, -dt, dt, angles, *np.zeros((2, 1, 1, 4)),
+        None, None, start, *np.zeros((2, 1, 1, 1, 4)), np.zeros((1, 1, 1)),
     )  # fmt: skip
     np.testing.assert_allclose(theta[0, 0], rotary.cumulative_angles(angles, dt[..., 0], start[0])[0, -1])
 

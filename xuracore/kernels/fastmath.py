@@ -17,7 +17,7 @@ from xuracore.jit import device
 ZERO, ONE, TWO, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
 
 LOG2_E = np.float32(1.4426950408889634)
-LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # exact product with n, and the rest
+LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # n * HIGH is exact
 EXP_MIN, EXP_MAX = np.float32(-87.33), np.float32(88.376)  # above EXP_MAX the one-step scale is inf
 ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, kept in the low bits
 E2, E3, E4 = np.float32(0.49999993432), np.float32(0.16666520399), np.float32(0.04166839079)
@@ -46,7 +46,7 @@ PIO2_HIGH = np.float32(1.5703125)  # few bits, so that n * PIO2_HIGH is exact
 PIO2_MIDDLE = np.float32(4.83751296997e-4)
 PIO2_LOW = np.float32(math.pi / 2 - 1.5703125 - float(np.float32(4.83751296997e-4)))
 S3, S5, S7 = np.float32(-1.6666654611e-1), np.float32(8.3321608736e-3), np.float32(-1.9515295891e-4)
-C4, C6, C8 = np.float32(4.166664568298827e-2), np.float32(-1.388731625493765e-3), np.float32(2.443315711809948e-5)
+C4, C6, C8 = np.float32(4.1666645683e-2), np.float32(-1.3887316255e-3), np.float32(2.4433157118e-5)
 
 
 def _exp_wide(x):

@@ -57,11 +57,12 @@ def _trapezoid_inputs(arrays, mask, rotary):
     angles = angles[:, :, None, :] if angles.ndim == 3 else angles
     shapes = _trapezoid_shapes(q, v, angles)
     groups, size, heads, turns = q.shape[3], q.shape[4], v.shape[2], angles.shape[3]
-    if heads % groups or 2 * turns > size or angles.shape[2] not in (1, heads) or (rotary == "half" and size % 2):
+    uneven = rotary == "half" and size % 2
+    if heads % groups or 2 * turns > size or angles.shape[2] not in (1, heads) or uneven:
         raise ShapeError(
             f"trapezoidal_scan: {heads} heads, {groups} groups, state size {size}, angles {angles.shape}; "
-            "the groups must divide the heads, twice the angles must fit the state size (even for rotary='half'), "
-            "and the angles are shared by all heads or given for each"
+            "the groups must divide the heads, twice the angles must fit the state size (which is even for "
+            "rotary='half'), and the angles are shared by all heads or given for each"
         )
     dense = []
     for (name, shape), x in zip(shapes.items(), arrays[:6] + (angles,) + arrays[7:]):
@@ -107,7 +108,8 @@ def _trapezoidal_scan_forward(
         )
     ]
     work = 8 * batch * length * heads * rank * width * size
-    trapezoid.trapezoid_forward.split(batch * heads, work)(*inputs, real, *state, rotary == "half", block, *empty)
+    call = trapezoid.trapezoid_forward.split(batch * heads, work)
+    call(*inputs, real, *state, rotary == "half", block, *empty)
     outputs, stored = tuple(empty[:5]), empty[5:]
     return outputs, (inputs, real, state, rotary == "half", block, stored, angles.ndim, work)
 
@@ -141,7 +143,8 @@ def _trapezoidal_scan_reference(
     batch, length, rank, groups, size = q.shape
     heads, width = v.shape[2:]
     turns = angles.shape[-1]
-    angles = np.broadcast_to(angles[:, :, None] if angles.ndim == 3 else angles, (batch, length, heads, turns))
+    angles = angles[:, :, None] if angles.ndim == 3 else angles
+    angles = np.broadcast_to(angles, (batch, length, heads, turns))
     skip = np.zeros(heads) if skip is None else skip
     psi = np.ones((heads, rank, width)) if psi is None else psi
     theta = np.zeros((batch, heads, turns)) if theta is None else theta.copy()
