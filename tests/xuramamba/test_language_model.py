@@ -130,3 +130,12 @@ def test_padding_is_skipped_through_the_whole_stack():
 def test_impossible_stacks_are_refused(fields):
     with pytest.raises(ConfigError):
         StackConfig(**{"d_model": 8, "n_layer": 1, **fields})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_results_do_not_depend_on_whether_a_tape_is_kept(name):
+    model, ids = build(name), np.random.default_rng(2).integers(0, 13, (1, 90))
+    taped, _ = model(ids)
+    with xc.no_grad():
+        plain, _ = model(ids)
+    np.testing.assert_array_equal(plain.numpy(), taped.numpy())

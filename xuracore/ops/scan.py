@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from xuracore.autograd import is_grad_enabled
 from xuracore.errors import ConfigError, ShapeError
 from xuracore.kernels import selective_scan as selective
 from xuracore.kernels import trapezoid
@@ -11,7 +12,9 @@ SCRATCH_BYTES = 1 << 18  # recomputed states of one block of tokens: a part of a
 
 
 def _block_length(length, state_bytes):
-    """Tokens between stored states, so that the recomputed ones stay in cache."""
+    """Tokens between stored states, so that the recomputed ones stay in cache; without a tape, one state."""
+    if not is_grad_enabled():
+        return length
     return max(1, min(length, 64, max(8, SCRATCH_BYTES // max(1, state_bytes))))
 
 
