@@ -117,10 +117,10 @@ HOSTILE = {
 def test_a_hostile_file_is_refused(tmp_path, case, mmap):
     reason, *file = HOSTILE[case]
     path = write(tmp_path / "hostile.safetensors", *file)
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(FormatError, match=f"hostile.safetensors: .*{reason}") as caught:
         load_safetensors(path, mmap=mmap)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 2
     assert len(str(caught.value)) < 1500
 
 
@@ -144,10 +144,10 @@ def test_the_largest_header_is_refused_within_bounds(tmp_path):
     for filling in (b"[],", b"{},", b'"aa",', b"300,", b'\\"', b'"":0,'):
         text = b'{"x":[' + filling * (MAXIMUM_HEADER_BYTES // len(filling) - 10)
         path = write(tmp_path / "t", text, b"")
-        start = time.perf_counter()
+        start = time.process_time()
         with pytest.raises(FormatError):
             load_safetensors(path)
-        assert time.perf_counter() - start < 10
+        assert time.process_time() - start < 10
 
 
 def sample():
@@ -165,13 +165,13 @@ def sample():
 def attempt(path):
     """Load within bounds: dict, or None for a FormatError; anything else fails the test."""
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         return load_safetensors(path)
     except FormatError:
         return None
     finally:
-        peak, seconds = tracemalloc.get_traced_memory()[1], time.perf_counter() - start
+        peak, seconds = tracemalloc.get_traced_memory()[1], time.process_time() - start
         tracemalloc.stop()
         assert seconds < 1
         assert peak < 2 * path.stat().st_size + 200_000
