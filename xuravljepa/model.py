@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from xuracore import io, nn, no_grad, ops
-from xuracore.errors import ConfigError, FormatError, ShapeError
+from xuracore.errors import ConfigError, DTypeError, FormatError, ShapeError
 from xuravljepa import image as images
 from xuravljepa.decoder import Decoder
 from xuravljepa.predictor import Predictor
@@ -45,8 +45,13 @@ class VLJEPA(nn.Module):
         return images.load(image, size, self.config.mean, self.config.std)[None]
 
     def query_tokens(self, questions):
-        """Texts → (B, L) ids padded with PAD.  ShapeError names a question that is too long or empty."""
+        """Texts → (B, L) ids padded with PAD.
+
+        Raises ShapeError for a question that is too long or empty, DTypeError for one that is no text.
+        """
         for question in questions:
+            if not isinstance(question, str):
+                raise DTypeError(f"a question is a text, got {type(question).__name__}")
             if not question.strip():
                 raise ShapeError("the question is empty")
         ids = [self._tokenizer.encode(question.strip().lower(), self.config.predictor.max_query)

@@ -20,12 +20,13 @@ from xuracore.errors import FormatError, ShapeError
 from xuracore.tensor import Tensor
 from xuravljepa.agent.builtin import KnowledgeBase
 from xuravljepa.agent.confusion import monitor_features
+from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import state_change
 from xuravljepa.agent.recursion import Reading, RecursionConfig, RecursionLayer
 from xuravljepa.agent.scene_tools import register_scene_tools
-from xuravljepa.agent.tools import ToolRegistry, Usefulness
-from xuravljepa.agent.trace import Run
+from xuravljepa.agent.tools import ToolRegistry, ToolResult, Usefulness
+from xuravljepa.agent.trace import Replay, Run
 from xuravljepa.model import CAPTION_QUERY, PRESETS, SHIPPED, VLJEPA
 
 STATE_VERSION = 1
@@ -37,7 +38,8 @@ class Reply:
 
     answer : the bare answer.   text : what to show a person; it says so where the answer is a guess.
     confidence : 1 - p(wrong), calibrated.   unsure : the answer is a guess.   reason : why the agent stopped.
-    tool_calls : [{"tool", "arguments", "result", "ok"}].   trace : every step, see ``trace.show()``.
+    tool_calls : [{"tool", "arguments", "result", "ok", "error"}], in order, failed ones included; error is a
+    text or None.   trace : every step, see ``trace.show()``.
     """
 
     answer: str
@@ -61,22 +63,24 @@ class Agent:
 
     def __init__(self, model, heads=None, registry=None, recursion=None, name=""):
         self.model, self.name = model.eval(), name
-        self.heads = AgentHeads(AgentConfig.for_model(model.config), model.config.predictor) if heads is None else heads
-        self.heads.eval()
         self.trained = heads is not None
+        if heads is None:
+            heads = AgentHeads(AgentConfig.for_model(model.config), model.config.predictor)
+        self.heads = heads.eval()
         self.tools = ToolRegistry() if registry is None else registry
         config = self.heads.config
         self.recursion = recursion or RecursionConfig(config.confident_below, config.abstain_above)
         self._visual, self._picture = None, ""
-        self._cards = {}
+        self._cards, self._prices, self._warm = {}, None, False
 
     @classmethod
     def from_pretrained(cls, source="tiny", recursion=None):
-        """A folder with a model and, if it has them, the agent's heads and tools; or ``"tiny"``, which is shipped.
+        """A folder with a model and, if it has them, the agent's heads and price list; or ``"tiny"``.
 
         Raises FormatError for damaged files, StateDictError where names or shapes do not fit.
         """
-        folder = SHIPPED / str(source) if str(source) in PRESETS and not Path(source).exists() else Path(source)
+        shipped = str(source) in PRESETS and not Path(source).exists()
+        folder = SHIPPED / str(source) if shipped else Path(source)
         model = VLJEPA.from_pretrained(source)
         if not (folder / "agent.json").exists():
             return cls(model, recursion=recursion, name=str(source))
@@ -87,12 +91,19 @@ class Agent:
         if (folder / "prices.json").exists():
             use = Usefulness(config.fixes, config.breaks, config.cost)
             register_scene_tools(agent.tools, KnowledgeBase.from_json(folder / "prices.json"), usefulness=use)
+            agent._prices = (folder / "prices.json").read_bytes()
         return agent
 
     def save_pretrained(self, directory):
-        """Write the model and the heads; tools are code, and stay with the program that registers them."""
+        """Write the model, the heads if they were trained, and the price list it was loaded with.
+
+        Tools that were registered later are code, and stay with the program that registers them.
+        """
         self.model.save_pretrained(directory)
-        save_heads(self.heads, directory)
+        if self.trained:
+            save_heads(self.heads, directory)
+        if self._prices is not None:
+            (Path(directory) / "prices.json").write_bytes(self._prices)
 
     def register_tool(self, function, **settings):
         """Add a tool; see ``ToolRegistry.register`` for the settings."""
@@ -109,24 +120,47 @@ class Agent:
         answer, if it is known, for the trace.   runner, clock : of a Replay.
         Raises FormatError for an unreadable picture, ShapeError for an empty or overlong question.
         """
+        query = self.model.query_tokens([question])  # before the picture: a wrong question changes nothing
         visual = self._see(image)
-        query = self.model.query_tokens([question])
         reader = _Reader(self.model, self.heads, query, visual)
+        monitor, injector = _Monitor(self.heads, self.trained), _Injector(self.model, self.heads)
+        if not self._warm:
+            # Kernels compile when they are first called; that is not time the question may be charged for.
+            reading = reader.read(None)
+            monitor.p_wrong(reading, 0)
+            injector.inject(reading, ToolResult("", True, text="0"))
+            self._warm = True
         options = {} if clock is None else {"clock": clock}
-        layer = RecursionLayer(reader, _Monitor(self.heads, self.trained), _Selector(self),
-                               _Injector(self.model, self.heads), self.tools, runner, self.recursion, **options)
+        layer = RecursionLayer(reader, monitor, _Selector(self), injector, self.tools, runner, self.recursion,
+                               **options)
         run = Run(
             run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(),
-            image=self._picture, started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            expected=expected,
+            image=self._picture, expected=expected,
+            started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         outcome = layer.run(question, ask=lambda text: self._plain_answer(visual, text), run=run)
-        calls = [{"tool": request.tool, "arguments": request.arguments, "result": result.text, "ok": result.ok}
-                 for request, result in outcome.calls]
+        calls = [{"tool": step.tool, "arguments": step.arguments, "result": step.result.text,
+                  "ok": step.result.ok, "error": step.result.error and step.result.error.message}
+                 for step in outcome.trace.calls()]
         text = outcome.answer
         if outcome.unsure:
             text = f"I am not sure. My best guess is: {outcome.answer}"
-        return Reply(outcome.answer, text, outcome.confidence, outcome.unsure, outcome.reason, calls, outcome.trace)
+        return Reply(outcome.answer, text, outcome.confidence, outcome.unsure, outcome.reason, calls,
+                     outcome.trace)
+
+    def replay(self, image, trace):
+        """Answer the question of a recorded run again, with what its tools said then; a Reply.
+
+        image : the picture of that run.   trace : Trace.
+        Raises ReplayError where picture or configuration are others, or the run takes another way.
+        """
+        self._see(image)
+        if trace.run.image != self._picture:
+            raise ReplayError("the trace is about another picture")
+        if trace.run.config != self._config_digest():
+            raise ReplayError("the trace belongs to an agent with another configuration")
+        record = Replay(trace)
+        return self.ask(None, trace.run.question, trace.run.expected, record, record.clock)
 
     def _see(self, image):
         """Visual tokens (1, n, d) of a picture, kept for later questions about it."""
@@ -187,21 +221,34 @@ class Agent:
         """Write what the agent has seen last, so that questions without a picture go on after a restart."""
         if self._visual is None:
             raise ShapeError("the agent has seen nothing yet")
-        io.save_safetensors(path, {"visual": self._visual}, {"version": str(STATE_VERSION), "picture": self._picture,
-                                                             "config": self._config_digest()})
+        about = {"version": str(STATE_VERSION), "picture": self._picture, "x_encoder": self._eyes()}
+        io.save_safetensors(path, {"visual": self._visual}, about)
 
     def load_state(self, path):
-        """Read what ``save_state`` wrote; FormatError if it is damaged or from another model."""
-        metadata = io.read_metadata(path) or {}
+        """Read what ``save_state`` wrote; FormatError if it is missing, damaged or from another X-Encoder."""
+        try:
+            metadata, tensors = io.read_metadata(path), io.load_safetensors(path, ["visual"])
+        except OSError as error:
+            raise FormatError(f"cannot be read: {error.strerror}", path) from None
         if metadata.get("version") != str(STATE_VERSION):
-            raise FormatError(f"state version {metadata.get('version')!r}; this program reads {STATE_VERSION}", path)
-        if metadata.get("config") != self._config_digest():
-            raise FormatError("this state belongs to an agent with another configuration", path)
-        visual = io.load_safetensors(path)["visual"]
-        vision = self.model.config.vision
-        if visual.shape != (1, 1 + vision.n_patches, vision.d_model):
-            raise FormatError(f"shape {visual.shape} does not fit the model", path, "visual")
-        self._visual, self._picture = np.array(visual), metadata.get("picture", "")
+            version = metadata.get("version")
+            raise FormatError(f"state version {version!r:.40}; this program reads {STATE_VERSION}", path)
+        if metadata.get("x_encoder") != self._eyes():
+            raise FormatError("belongs to another model, whose X-Encoder sees differently", path)
+        visual, vision = tensors["visual"], self.model.config.vision
+        expected = 1, 1 + vision.n_patches, vision.d_model
+        if visual.shape != expected or visual.dtype != np.float32 or not np.isfinite(visual).all():
+            found = f"{visual.dtype} {visual.shape}"
+            raise FormatError(f"expected finite float32 {expected}, got {found}", path, "visual")
+        self._visual, self._picture = visual, metadata.get("picture", "")
+
+    def _eyes(self):
+        """SHA-256 of the X-Encoder's weights and of how pictures are prepared for it."""
+        config = self.model.config
+        digest = hashlib.sha256(repr((config.vision, config.mean, config.std)).encode())
+        for name, array in sorted(self.model.x_encoder.state_dict().items()):
+            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
 
 def save_heads(heads, directory):
@@ -222,7 +269,9 @@ class _Reader:
 
     def read(self, state):
         predictor = self.model.predictor
-        states, bias, change = (predictor.look(self.query, self.visual), None, 0.0) if state is None else state
+        if state is None:
+            state = predictor.look(self.query, self.visual), None, 0.0
+        states, bias, change = state
         reading = predictor.read(self.query, states, bias, self.residual_layer)
         cosines = self.model.similarities(reading.embedding)
         gate = predictor.gate_activation()
