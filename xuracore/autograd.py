@@ -1,28 +1,37 @@
 """The tape: nodes, the backward walk, and the switches around it.
 
 A node refers to the nodes of its inputs, never to Tensors, so an array lives only while the user
-or some vjp holds it.  Nodes carry a creation number; sorting the reachable ones by it gives a valid
-order without recursion.  What a node saved is dropped as soon as its vjp has run.
+or some vjp holds it.  Nodes are numbered downward as they are created; a heap of those that wait for
+their vjp then gives a valid order without recursion: the newest first, so that every user of a result
+comes before its maker.  What a node saved is dropped as soon as its vjp has run.
 """
 
 import functools
+import inspect
 import itertools
 from contextvars import ContextVar
+from heapq import heappop, heappush
 
 import numpy as np
 
 from xuracore.errors import DTypeError, GradError, ShapeError
 
-next_number = itertools.count().__next__
+next_number = itertools.count(0, -1).__next__
 _recording = ContextVar("xuracore_recording", default=True)
-is_grad_enabled = _recording.get
+recording = _recording.get  # for the ops: a call less than is_grad_enabled
+_USED = object()  # stands for what a node saved, once its vjp has run
+_ALREADY_USED = "was already used by an earlier backward(), which frees it; run the forward pass again"
+
+
+def is_grad_enabled():
+    """Whether ops on Tensors are being recorded in this thread or task."""
+    return recording()
 
 
 class Leaf:
     """The end of the tape: where a gradient is kept."""
 
     __slots__ = ("grad", "owned", "shape", "dtype", "number")
-    parents = ()
 
     def __init__(self, data):
         self.grad = None
@@ -31,35 +40,53 @@ class Leaf:
         self.number = next_number()
 
     def accumulate(self, gradient):
+        """Add to ``.grad``.  The first gradient is borrowed: another leaf may have got the same array."""
         if self.grad is None:
-            self.grad = gradient
+            self.grad = np.asarray(gradient)
         elif self.owned:
             self.grad += gradient
         else:
-            self.grad = self.grad + gradient
+            self.grad = np.asarray(self.grad + gradient)
             self.owned = True
 
 
 class Node:
-    """One recorded op: its primitive, the nodes of its inputs, what its vjp needs."""
+    """One recorded op: its primitive, the nodes of its inputs, what its vjp needs.
+
+    Filled in by the call of the op, see :mod:`xuracore.ops.registry`.
+    """
 
     __slots__ = ("primitive", "parents", "saved", "shape", "dtype", "number")
 
-    def __init__(self, primitive, parents, saved, shape, dtype):
-        self.primitive, self.parents, self.saved = primitive, parents, saved
-        self.shape, self.dtype = shape, dtype
-        self.number = next_number()
-
 
 class Output:
-    """One of several outputs of a node; its gradient is handed on to the node."""
+    """One of ``count`` outputs of a node; its gradient is handed on to the node, in a list of all of them."""
 
-    __slots__ = ("parents", "index", "shape", "dtype", "number")
+    __slots__ = ("source", "index", "count", "shape", "dtype", "number")
 
-    def __init__(self, node, index, data):
-        self.parents, self.index = (node,), index
+    def __init__(self, source, index, count, data):
+        self.source, self.index, self.count = source, index, count
         self.shape, self.dtype = data.shape, data.dtype
         self.number = next_number()
+
+
+class Recomputed:
+    """A call that was not recorded: the backward walk makes it again, see :func:`checkpoint`."""
+
+    __slots__ = ("function", "inputs", "number")
+
+    def __init__(self, function, inputs):
+        self.function, self.inputs = function, inputs
+        self.number = next_number()
+
+    def again(self):
+        """The results as a tuple, recorded this time, on top of the nodes the inputs already have."""
+        if self.function is None:
+            raise GradError(f"the graph through 'checkpoint' {_ALREADY_USED}")
+        with enable_grad():
+            results = self.function(*self.inputs)
+        self.function = self.inputs = None
+        return results if isinstance(results, tuple) else (results,)
 
 
 class no_grad:
@@ -67,14 +94,23 @@ class no_grad:
 
     _value = False
 
+    def __init__(self):
+        self._tokens = []  # of each ``with`` that is open: one object may be entered again inside itself
+
     def __enter__(self):
-        self._token = _recording.set(self._value)
+        self._tokens.append(_recording.set(self._value))
         return self
 
     def __exit__(self, *_):
-        _recording.reset(self._token)
+        _recording.reset(self._tokens.pop())
 
     def __call__(self, function):
+        if inspect.isgeneratorfunction(function) or inspect.iscoroutinefunction(function):
+            raise GradError(
+                f"{type(self).__name__} cannot decorate {function.__name__}: its body runs after the call; "
+                f"write `with {type(self).__name__}():` inside it"
+            )
+
         @functools.wraps(function)
         def wrapped(*arguments, **keywords):
             with type(self)():
@@ -90,99 +126,106 @@ class enable_grad(no_grad):
 
 
 def unbroadcast(gradient, shape):
-    """Sum ``gradient`` over the axes along which an input of ``shape`` was broadcast."""
+    """Sum ``gradient`` over the axes along which an input of ``shape`` was broadcast.
+
+    Raises ShapeError where no broadcasting leads from ``shape`` to the gradient's shape.
+    """
     extra = gradient.ndim - len(shape)
     axes = tuple(range(extra)) + tuple(
         i + extra for i, n in enumerate(shape) if n == 1 and gradient.shape[i + extra] != 1
-    )
-    return gradient.sum(axis=axes, keepdims=True).reshape(shape) if axes else gradient.reshape(shape)
+    ) if extra >= 0 else ()
+    summed = gradient.sum(axis=axes, keepdims=True) if axes else gradient
+    if summed.shape[max(extra, 0) :] != shape:
+        raise ShapeError(f"a gradient of shape {gradient.shape} does not belong to an input of shape {shape}")
+    return summed.reshape(shape)
 
 
-def walk(root, seed, targets=None):
-    """Run the vjps from ``root`` back, newest node first.
+def walk(seeds, targets=None):
+    """Run the vjps from the seeds back, newest node first.
 
-    targets : None to accumulate into every leaf; else a set of nodes whose gradients are returned
-        as a dict, leaving every ``.grad`` untouched.
+    seeds : (node, gradient) pairs.   targets : None to accumulate into every leaf; else a set of nodes
+    whose gradients are returned as a dict, leaving every ``.grad`` untouched.
     """
-    order, seen, stack = [], {root}, [root]
-    while stack:
-        node = stack.pop()
-        order.append(node)
-        for parent in node.parents:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    order.sort(key=_number, reverse=True)
+    gradients, owned, waiting, found = {}, set(), [], {}
 
-    gradients, owned, found = {root: seed}, set(), {}
-    for node in order:
-        gradient = gradients.pop(node, None)
-        if gradient is None:
-            continue
+    def add(node, gradient):
+        known = gradients.get(node)
+        if known is None:  # borrowed: the vjp may have handed out one array twice
+            gradients[node] = gradient
+            heappush(waiting, (node.number, node))
+        elif node in owned:
+            known += gradient
+            gradients[node] = known  # a NumPy number is not changed in place by +=
+        else:
+            gradients[node] = known + gradient
+            owned.add(node)
+
+    for node, seed in seeds:
+        add(node, seed)
+    while waiting:
+        node = heappop(waiting)[1]
+        gradient = gradients.pop(node)
         if targets is not None and node in targets:
             found[node] = gradient
         kind = type(node)
-        if kind is Leaf:
+        if kind is Node:
+            parents, saved = node.parents, node.saved
+            if saved is _USED:
+                raise GradError(f"the graph through {node.primitive.name!r} {_ALREADY_USED}")
+            node.saved = _USED
+            contributions = node.primitive.vjp(gradient, saved, [parent is not None for parent in parents])
+            for parent, contribution in zip(parents, contributions):
+                if parent is not None and contribution is not None:
+                    if contribution.shape != parent.shape:
+                        contribution = _fitted(node, contribution, parent)
+                    if contribution.dtype is not parent.dtype:
+                        contribution = contribution.astype(parent.dtype)
+                    add(parent, contribution)
+        elif kind is Leaf:
             if targets is None:
                 node.accumulate(gradient)
-            continue
-        if kind is Output:
-            source = node.parents[0]
-            slots = gradients.get(source)
-            if slots is None:
-                slots = gradients[source] = [None] * source.primitive.outputs
-            slots[node.index] = gradient
-            continue
-        primitive, parents, saved = node.primitive, node.parents, node.saved
-        if saved is None:
-            raise GradError(
-                f"the graph through '{primitive.name}' was already used by an earlier backward(), which "
-                "frees it; run the forward pass again"
-            )
-        node.saved = None
-        contributions = primitive.vjp(gradient, saved, [parent is not None for parent in parents])
-        del saved, gradient
-        for parent, contribution in zip(parents, contributions):
-            if parent is None or contribution is None:
-                continue
-            if contribution.shape != parent.shape:
-                contribution = unbroadcast(contribution, parent.shape)
-            if contribution.dtype != parent.dtype:
-                contribution = contribution.astype(parent.dtype)
-            known = gradients.get(parent)
-            if known is None:  # borrowed: the vjp may have handed out one array twice
-                gradients[parent] = contribution
-            elif parent in owned:
-                known += contribution
-            else:
-                gradients[parent] = known + contribution
-                owned.add(parent)
+        elif kind is Output:
+            if node.source not in gradients:
+                add(node.source, [None] * node.count)
+            gradients[node.source][node.index] = gradient
+        else:
+            for result, cotangent in zip(node.again(), gradient):
+                if cotangent is not None and result.node is not None:
+                    add(result.node, cotangent)
     return found
 
 
-def _number(node):
-    return node.number
+def _fitted(node, contribution, parent):
+    try:
+        return unbroadcast(contribution, parent.shape)
+    except ShapeError as error:
+        raise GradError(f"the vjp of {node.primitive.name!r} is wrong: {error}") from None
 
 
 def _seed(output, grad):
     if output.node is None:
-        raise GradError("nothing was recorded for this tensor: no input requires gradients, or no_grad was on")
+        raise GradError("nothing was recorded: no input of this tensor requires gradients, or no_grad was on")
     if grad is None:
         if output.data.size != 1:
             raise GradError(
                 f"backward() of a tensor of shape {output.shape} needs a cotangent of that shape; "
                 "only a single number has an obvious one"
             )
-        return np.ones_like(output.data)
-    grad = np.asarray(getattr(grad, "data", grad), dtype=output.dtype)
+        return output.node, np.ones_like(output.data)
+    grad = np.asarray(_data(grad), dtype=output.dtype)
     if grad.shape != output.shape:
         raise ShapeError(f"the cotangent has shape {grad.shape}; the tensor has {output.shape}")
-    return grad
+    return output.node, grad
+
+
+def _data(x):
+    """The array of a Tensor; anything else as it is (the ``data`` of an ndarray is its raw memory)."""
+    return x if isinstance(x, np.ndarray) else getattr(x, "data", x)
 
 
 def backward(output, grad=None):
     """See :meth:`xuracore.tensor.Tensor.backward`."""
-    walk(output.node, _seed(output, grad))
+    walk([_seed(output, grad)])
 
 
 def gradients(output, inputs, grad=None):
@@ -193,9 +236,10 @@ def gradients(output, inputs, grad=None):
     for given in inputs:
         if given.node is None:
             raise GradError("an input does not require gradients")
-    found = walk(output.node, _seed(output, grad), {given.node for given in inputs})
-    return [found.get(given.node, np.zeros(0)) if given.node in found else np.zeros_like(given.data)
-            for given in inputs]
+    found = walk([_seed(output, grad)], {given.node for given in inputs})
+    return [
+        np.asarray(found[x.node]) if x.node in found else np.zeros_like(x.data) for x in inputs
+    ]
 
 
 def value_and_grad(function, argnums=0):
@@ -212,12 +256,16 @@ def value_and_grad(function, argnums=0):
 
         arguments = list(arguments)
         for i in positions:
-            data = np.asarray(getattr(arguments[i], "data", arguments[i]))
+            if not -len(arguments) <= i < len(arguments):
+                raise GradError(f"there is no argument {i}: {len(arguments)} were given by position")
+            data = np.asarray(_data(arguments[i]))
             if data.dtype.kind != "f":
-                raise DTypeError(f"argument {i} is {data.dtype}; only floating-point arguments have gradients")
+                raise DTypeError(f"argument {i} is {data.dtype}; only floating-point ones have gradients")
             arguments[i] = Tensor(data, requires_grad=True)
         with enable_grad():
             value = function(*arguments, **keywords)
+        if not isinstance(value, Tensor):
+            raise GradError(f"the function returned {type(value).__name__}; expected a Tensor of one element")
         if value.node is None:
             found = [np.zeros_like(arguments[i].data) for i in positions]
         else:
@@ -246,51 +294,26 @@ def grad(function, argnums=0, create_graph=False):
     return wrapped
 
 
-class _Recompute:
-    """The primitive behind :func:`checkpoint`: its vjp runs the function again, recorded."""
-
-    name = "checkpoint"
-
-    def __init__(self, outputs):
-        self.outputs = outputs
-
-    @staticmethod
-    def vjp(grad, saved, needs):
-        from xuracore.tensor import Tensor
-
-        function, inputs = saved
-        fresh = [Tensor(x.data, requires_grad=x.node is not None) if isinstance(x, Tensor) else x for x in inputs]
-        with enable_grad():
-            results = function(*fresh)
-        pairs = zip(results, grad) if isinstance(results, tuple) else ((results, grad),)
-        for result, cotangent in pairs:
-            if cotangent is not None and result.node is not None:
-                walk(result.node, cotangent)
-        return [x.grad if isinstance(x, Tensor) and x.node is not None else None for x in fresh] + [None]
-
-
 def checkpoint(function, *inputs):
     """Call ``function`` without keeping its intermediates; the backward pass computes them again.
 
-    inputs : Tensors (or constants).  The function must be deterministic and return one Tensor or a
-        tuple of independent Tensors.  Parameters it closes over receive their gradients as usual.
+    inputs : Tensors (or constants).  The function must give the same numbers each time, so dropout inside it
+        needs a generator made inside it; it returns a Tensor or a tuple of Tensors.  Whatever it closes
+        over gets its gradients as usual: they equal, bit by bit, those without a checkpoint.
     """
     from xuracore.tensor import Tensor
 
-    if not is_grad_enabled():
+    if not recording():
         return function(*inputs)
     with no_grad():
         results = function(*inputs)
-    several = isinstance(results, tuple)
-    parents = [x.node if isinstance(x, Tensor) else None for x in inputs]
-    # parameters inside the function are unknown here, so the node is recorded in any case
-    trunk = Leaf(np.zeros(()))
-    first = results[0] if several else results
-    node = Node(_Recompute(len(results) if several else 1), (*parents, trunk), (function, inputs),
-                first.shape, first.dtype)
+    # What the function closes over is unknown, so its results are on the tape in any case.
+    node = Recomputed(function, inputs)
+    several = results if isinstance(results, tuple) else (results,)
     outputs = []
-    for index, result in enumerate(results if several else (results,)):
-        output = Tensor(result.data)
-        output.node = Output(node, index, result.data) if several else node
-        outputs.append(output)
-    return tuple(outputs) if several else outputs[0]
+    for index, result in enumerate(several):
+        if isinstance(result, Tensor) and result.dtype.kind == "f":
+            data, result = result.data, result.detach()
+            result.node = Output(node, index, len(several), data)
+        outputs.append(result)
+    return tuple(outputs) if isinstance(results, tuple) else outputs[0]

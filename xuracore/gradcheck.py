@@ -1,7 +1,7 @@
 """Check a gradient against central differences, in float64.
 
-Small inputs: the whole Jacobian, column by column.  Large ones: random directions,
-uᵀ J v from two forward calls against ⟨vjp(u), v⟩ from one backward.
+The outputs are weighed with one random u.  Small inputs: each element of Jᵀ u.  Large ones: uᵀ J v for
+random directions v, from two forward calls, against ⟨Jᵀ u, v⟩ from one backward.
 """
 
 import numpy as np
@@ -11,23 +11,25 @@ from xuracore.errors import DTypeError, GradError
 from xuracore.tensor import Tensor
 
 
-def gradcheck(function, inputs, *, step=1e-6, rtol=1e-5, atol=1e-7, rng=None, directions=4, limit=200):
+def gradcheck(function, inputs, *, step=1e-6, rtol=1e-5, atol=1e-6, rng=None, directions=4, limit=200):
     """True if the recorded gradient of ``function`` at ``inputs`` matches central differences.
 
     function : takes Tensors, returns a Tensor or a tuple of Tensors.
     inputs : sequence of arrays or Tensors; every float64 one is checked, others are constants.
-    step : half the distance of the difference.   limit : inputs with more elements in all are checked
-        along ``directions`` random directions instead of element by element.
+    step : half the distance of the difference.   rtol, atol : allowed difference, relative to the larger of
+        the two gradients, and in any case (central differences round off at 1e-10 times the output).
+    limit : inputs with more elements in all are checked along ``directions`` random directions instead
+        of element by element.
     Raises GradError with the first mismatch, DTypeError if no input is float64.
     """
     rng = np.random.default_rng(0) if rng is None else rng
     arrays = [np.array(x.data if isinstance(x, Tensor) else x) if x is not None else None for x in inputs]
     checked = [i for i, x in enumerate(arrays) if x is not None and x.dtype == np.float64]
     if not checked:
-        raise DTypeError("gradcheck needs at least one float64 input: float32 differences are mostly rounding")
+        raise DTypeError("gradcheck needs a float64 input: differences of float32 are mostly rounding")
 
     def run(values, record=False):
-        given = [Tensor(x, requires_grad=record and i in checked) if i in checked else x for i, x in enumerate(values)]
+        given = [Tensor(x, record) if i in checked else x for i, x in enumerate(values)]
         result = function(*given)
         return given, result if isinstance(result, tuple) else (result,)
 
@@ -73,8 +75,8 @@ def _difference(weighted, arrays, i, v, step):
 
 
 def _compare(given, expected, rtol, atol, where):
-    if not abs(given - expected) <= atol + rtol * max(abs(given), abs(expected), 1.0):
-        raise GradError(f"gradient mismatch at {where}: vjp gives {given:.12g}, central difference {expected:.12g}")
+    if not abs(given - expected) <= atol + rtol * max(abs(given), abs(expected)):
+        raise GradError(f"gradient at {where}: vjp gives {given:.12g}, central differences {expected:.12g}")
 
 
 def hvp(function, x, v, step=1e-5):

@@ -15,7 +15,7 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 class Tensor:
     """An ndarray, and the tape node that made it.
 
-    data : array-like; a NumPy array is referred to, not copied.
+    data : an array, referred to and not copied; or numbers and lists of them, of which floats become float32.
     requires_grad : record what is done with this tensor, and give it a gradient on ``backward``.
 
     ``node`` is None for constants, a :class:`~xuracore.autograd.Leaf` for tensors the user asked
@@ -25,10 +25,11 @@ class Tensor:
     __slots__ = ("data", "node", "__weakref__")
     __array_priority__ = 1000  # ndarray + Tensor asks the Tensor
     __array_ufunc__ = None
+    __hash__ = object.__hash__  # == compares elements; in a set or dict a tensor is itself and no other
 
     def __init__(self, data, requires_grad=False):
         if type(data) is not np.ndarray:
-            data = data.data if isinstance(data, Tensor) else np.asarray(data)
+            data = data.data if isinstance(data, Tensor) else _array(data)
         self.data = data
         self.node = None
         if requires_grad:
@@ -85,7 +86,7 @@ class Tensor:
 
     def __array__(self, dtype=None, copy=None):
         if self.requires_grad and autograd.is_grad_enabled():
-            raise GradError("this tensor is on the tape; NumPy would lose its gradient: use .detach() or .data")
+            raise GradError("this tensor is on the tape; NumPy would lose its gradient: use .data or an op")
         return np.array(self.data, dtype=dtype, copy=copy)
 
     def __repr__(self):
@@ -143,7 +144,13 @@ def tensor(data, dtype=None, requires_grad=False):
 
     dtype : forces the element type.  The data is copied, so later changes to it do not matter here.
     """
-    array = np.array(data.data if isinstance(data, Tensor) else data, dtype=dtype)
-    if dtype is None and array.dtype == np.float64 and not isinstance(data, (np.ndarray, np.generic, Tensor)):
-        array = array.astype(np.float32)
-    return Tensor(array, requires_grad)
+    data = data.data if isinstance(data, Tensor) else data
+    return Tensor(np.array(_array(data) if dtype is None else data, dtype=dtype), requires_grad)
+
+
+def _array(data):
+    """``data`` as an array; Python's floats, which say nothing about precision, become float32."""
+    array = np.asarray(data)
+    if array.dtype == np.float64 and not isinstance(data, (np.ndarray, np.generic)):
+        return array.astype(np.float32)
+    return array

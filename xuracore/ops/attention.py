@@ -8,7 +8,7 @@ Grouped queries: with fewer key heads than query heads, each key head serves a r
 
 import numpy as np
 
-from xuracore.errors import ShapeError
+from xuracore.errors import DTypeError, ShapeError
 from xuracore.ops.registry import primitive
 
 
@@ -25,6 +25,8 @@ def _bias(mask, causal, rows, columns, dtype):
         allowed = np.tri(rows, columns, columns - rows, dtype=bool)
     if mask is not None:
         mask = np.asarray(mask)
+        if mask.dtype != bool:
+            raise DTypeError(f"attention: mask is {mask.dtype}; expected bool, True where a key may be seen")
         allowed = mask if allowed is None else mask & allowed
     return None if allowed is None else np.where(allowed, dtype.type(0), dtype.type(-np.inf))
 
@@ -35,8 +37,10 @@ def _attention_forward(q, k, v, mask=None, causal=False, scale=None):
     q (B, H, L, D), k (B, G, M, D), v (B, G, M, E) with H a multiple of G → (B, H, L, E).
     mask : boolean, broadcastable to (B, H, L, M), True where a key may be seen.
     causal : position i of L sees keys up to i + M - L.   scale : default 1/√D.
-    A row that may see nothing gives zeros.  Raises ShapeError.
+    A row that may see nothing gives zeros.  Raises ShapeError, DTypeError for a mask that is not boolean.
     """
+    if min(q.ndim, k.ndim, v.ndim) != 4 or max(q.ndim, k.ndim, v.ndim) != 4 or not k.shape[1]:
+        raise ShapeError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}; each needs four axes, and k a head")
     if q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1] or q.shape[1] % k.shape[1]:
         raise ShapeError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit together")
     batch, heads, length, width = q.shape
@@ -93,9 +97,11 @@ def _attention_samples(rng):
 
     yield draw((2, 3, 4, 5), (2, 3, 6, 5), (2, 3, 6, 4)), {}
     yield draw((1, 4, 3, 2), (1, 2, 3, 2), (1, 2, 3, 2)), {"causal": True}
-    yield draw((2, 1, 3, 2), (2, 1, 4, 2), (2, 1, 4, 2)), {"mask": rng.random((2, 1, 1, 4)) < 0.6, "scale": 0.3}
+    mask = rng.random((2, 1, 1, 4)) < 0.6
+    yield draw((2, 1, 3, 2), (2, 1, 4, 2), (2, 1, 4, 2)), {"mask": mask, "scale": 0.3}
     yield draw((1, 1, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1)), {}
+    yield draw((1, 1, 3, 2), (1, 1, 2, 2), (1, 1, 2, 2)), {"causal": True}  # the first row may see nothing
 
 
 attention = primitive("attention", _attention_forward, _attention_vjp, reference=_attention_reference,
-                      samples=_attention_samples)
+                      samples=_attention_samples, weak=True)

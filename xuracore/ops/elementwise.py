@@ -33,6 +33,7 @@ def _singles(low, high):
 
 # ---------------------------------------------------------------------- a + b, a - b, a * b, a / b
 def _add_forward(a, b):
+    """a + b."""
     return a + b, ()
 
 
@@ -44,6 +45,7 @@ add = primitive("add", _add_forward, _add_vjp, reference=np.add, samples=_pairs,
 
 
 def _subtract_forward(a, b):
+    """a - b."""
     return a - b, ()
 
 
@@ -51,10 +53,12 @@ def _subtract_vjp(grad, saved, needs):
     return grad, -grad if needs[1] else None
 
 
-subtract = primitive("subtract", _subtract_forward, _subtract_vjp, reference=np.subtract, samples=_pairs, weak=True)
+subtract = primitive("subtract", _subtract_forward, _subtract_vjp, reference=np.subtract,
+                     samples=_pairs, weak=True)
 
 
 def _multiply_forward(a, b):
+    """a · b, element by element."""
     return a * b, (a, b)
 
 
@@ -63,17 +67,20 @@ def _multiply_vjp(grad, saved, needs):
     return grad * b if needs[0] else None, grad * a if needs[1] else None
 
 
-multiply = primitive("multiply", _multiply_forward, _multiply_vjp, reference=np.multiply, samples=_pairs, weak=True)
+multiply = primitive("multiply", _multiply_forward, _multiply_vjp, reference=np.multiply,
+                     samples=_pairs, weak=True)
 
 
 def _divide_forward(a, b):
-    return a / b, (a, b)
+    """a / b, element by element."""
+    y = a / b
+    return y, (b, y)
 
 
 def _divide_vjp(grad, saved, needs):
-    a, b = saved
+    b, y = saved
     scaled = grad / b
-    return scaled, -scaled * (a / b) if needs[1] else None
+    return scaled, -scaled * y if needs[1] else None
 
 
 divide = primitive("divide", _divide_forward, _divide_vjp, reference=np.divide, samples=_pairs, weak=True)
@@ -81,6 +88,7 @@ divide = primitive("divide", _divide_forward, _divide_vjp, reference=np.divide, 
 
 # ---------------------------------------------------------------------- -a, |a|, a**b
 def _negative_forward(a):
+    """-a."""
     return -a, ()
 
 
@@ -88,7 +96,8 @@ def _negative_vjp(grad, saved, needs):
     return (-grad,)
 
 
-negative = primitive("negative", _negative_forward, _negative_vjp, reference=np.negative, samples=_singles(-2, 2))
+negative = primitive("negative", _negative_forward, _negative_vjp, reference=np.negative,
+                     samples=_singles(-2, 2))
 
 
 def _absolute_forward(a):
@@ -104,7 +113,10 @@ absolute = primitive("absolute", _absolute_forward, _absolute_vjp, reference=np.
 
 
 def _power_forward(a, b):
-    """a to the power b.  For a = 0 the gradient with respect to b is 0 (not NaN)."""
+    """a to the power b.
+
+    Where b = 0 the gradient with respect to a is 0, and where a = 0 that with respect to b: not NaN.
+    """
     y = a**b
     return y, (a, b, y)
 
@@ -113,11 +125,17 @@ def _power_vjp(grad, saved, needs):
     a, b, y = saved
     to_base = to_exponent = None
     if needs[0]:
-        to_base = grad * b * a ** (b - 1)
+        to_base = grad * _power_slope(a, b)
     if needs[1]:
-        positive = np.abs(a) > 0
-        to_exponent = grad * y * np.log(np.where(positive, a, 1).astype(y.dtype))
+        to_exponent = grad * y * np.log(np.where(a == 0, 1, a).astype(y.dtype))
     return to_base, to_exponent
+
+
+def _power_slope(a, b):
+    """b a^(b - 1), and 0 where b = 0: at a = 0 the formula would be 0 · ∞."""
+    if isinstance(b, np.ndarray):
+        return b * a ** np.where(b == 0, b, b - 1)
+    return b * a ** (b - 1) if b else 0.0
 
 
 power = primitive("power", _power_forward, _power_vjp, reference=np.power,
@@ -126,6 +144,7 @@ power = primitive("power", _power_forward, _power_vjp, reference=np.power,
 
 # ---------------------------------------------------------------------- exp, log, sqrt, sin, cos
 def _exp_forward(x):
+    """e to the power x."""
     y = np.exp(x)
     return y, (y,)
 
@@ -151,6 +170,7 @@ expm1 = primitive("expm1", _expm1_forward, _expm1_vjp, reference=np.expm1, sampl
 
 
 def _log_forward(x):
+    """Natural logarithm."""
     return np.log(x), (x,)
 
 
@@ -174,6 +194,7 @@ log1p = primitive("log1p", _log1p_forward, _log1p_vjp, reference=np.log1p, sampl
 
 
 def _sqrt_forward(x):
+    """Square root; its gradient at 0 is infinite."""
     y = np.sqrt(x)
     return y, (y,)
 
@@ -186,6 +207,7 @@ sqrt = primitive("sqrt", _sqrt_forward, _sqrt_vjp, reference=np.sqrt, samples=_s
 
 
 def _sin_forward(x):
+    """Sine of an angle in radians."""
     return np.sin(x), (x,)
 
 
@@ -197,6 +219,7 @@ sin = primitive("sin", _sin_forward, _sin_vjp, reference=np.sin, samples=_single
 
 
 def _cos_forward(x):
+    """Cosine of an angle in radians."""
     return np.cos(x), (x,)
 
 
@@ -224,7 +247,8 @@ def _share(a, b, dtype):
     return ((a > b).astype(dtype) + (a >= b).astype(dtype)) * dtype.type(0.5)
 
 
-maximum = primitive("maximum", _maximum_forward, _maximum_vjp, reference=np.maximum, samples=_pairs, weak=True)
+maximum = primitive("maximum", _maximum_forward, _maximum_vjp, reference=np.maximum,
+                    samples=_pairs, weak=True)
 
 
 def _minimum_forward(a, b):
@@ -238,7 +262,8 @@ def _minimum_vjp(grad, saved, needs):
     return grad * share, grad * (1 - share)
 
 
-minimum = primitive("minimum", _minimum_forward, _minimum_vjp, reference=np.minimum, samples=_pairs, weak=True)
+minimum = primitive("minimum", _minimum_forward, _minimum_vjp, reference=np.minimum,
+                    samples=_pairs, weak=True)
 
 
 def _where_forward(condition, a, b):
@@ -261,11 +286,12 @@ def _where_samples(rng):
         yield (np.asarray(rng.random(np.broadcast_shapes(a.shape, b.shape)) < 0.5), a, b), {}
 
 
-where = primitive("where", _where_forward, _where_vjp, reference=np.where, samples=_where_samples)
+where = primitive("where", _where_forward, _where_vjp, reference=np.where, samples=_where_samples, weak=True)
 
 
 def _clip_forward(x, low=None, high=None):
     """Limit to [low, high]; outside, the gradient is 0.  ``low``, ``high`` are numbers or None."""
+    low, high = (None if limit is None else float(limit) for limit in (low, high))  # np.float64 would widen x
     return np.clip(x, low, high), (x, low, high)
 
 

@@ -1,5 +1,7 @@
 """Matrix products.  NumPy's BLAS does the work."""
 
+import math
+
 import numpy as np
 
 from xuracore.errors import ShapeError
@@ -11,7 +13,9 @@ def _matmul_forward(a, b):
     try:
         return np.matmul(a, b), (a, b)
     except ValueError:
-        raise ShapeError(f"matmul of {a.shape} and {b.shape}: inner sizes differ or batches do not broadcast") from None
+        raise ShapeError(
+            f"matmul of {np.shape(a)} and {np.shape(b)}: inner sizes differ or batches do not broadcast"
+        ) from None
 
 
 def _matmul_vjp(grad, saved, needs):
@@ -27,7 +31,7 @@ def _matmul_vjp(grad, saved, needs):
         to_a = g @ columns.swapaxes(-1, -2)
         to_a = to_a[..., 0, :] if a.ndim == 1 else to_a
     if needs[1]:
-        if b.ndim == 2 and a.ndim > 2:  # one matrix for the whole batch: one product, no batch of partial sums
+        if b.ndim == 2 and a.ndim > 2:  # one matrix for the whole batch: one product, no partial sums
             to_b = rows.reshape(-1, rows.shape[-1]).T @ g.reshape(-1, g.shape[-1])
         else:
             to_b = rows.swapaxes(-1, -2) @ g
@@ -36,19 +40,24 @@ def _matmul_vjp(grad, saved, needs):
 
 
 def _matmul_samples(rng):
-    for a, b in (((3, 4), (4, 2)), ((2, 3, 4), (4, 5)), ((2, 1, 3, 4), (5, 4, 2)), ((4,), (4, 2)), ((3, 4), (4,)),
-                 ((4,), (4,)), ((0, 4), (4, 2)), ((2, 3, 4), (4,))):
+    for a, b in (
+        ((3, 4), (4, 2)), ((2, 3, 4), (4, 5)), ((2, 1, 3, 4), (5, 4, 2)), ((4,), (4, 2)), ((3, 4), (4,)),
+        ((4,), (4,)), ((0, 4), (4, 2)), ((2, 3, 4), (4,)), ((4,), (2, 4, 3)), ((3, 4), (2, 4, 3)),
+    ):
         yield (rng.standard_normal(a), rng.standard_normal(b)), {}
 
 
-matmul = primitive("matmul", _matmul_forward, _matmul_vjp, reference=np.matmul, samples=_matmul_samples)
+matmul = primitive("matmul", _matmul_forward, _matmul_vjp, reference=np.matmul, samples=_matmul_samples,
+                   weak=True)
 
 
 def _linear_forward(x, weight, bias=None):
-    """x Wᵀ + b.  x (..., in), weight (out, in), bias (out) or None → (..., out)."""
-    if x.shape[-1] != weight.shape[1]:
-        raise ShapeError(f"linear: input has {x.shape[-1]} features, weight {weight.shape} expects {weight.shape[1]}")
-    flat = x.reshape(-1, x.shape[-1])
+    """x Wᵀ + b.  x (..., in), weight (out, in), bias (out) or None → (..., out).  Raises ShapeError."""
+    if not x.ndim or weight.ndim != 2 or x.shape[-1] != weight.shape[1]:
+        raise ShapeError(f"linear: x {x.shape}, weight {weight.shape}; expected (..., in) and (out, in)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ShapeError(f"linear: bias {bias.shape}, weight {weight.shape}; expected (out,) and (out, in)")
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     y = flat @ weight.T
     if bias is not None:
         y += bias
@@ -57,11 +66,12 @@ def _linear_forward(x, weight, bias=None):
 
 def _linear_vjp(grad, saved, needs):
     x, weight = saved
-    flat = grad.reshape(-1, grad.shape[-1])
+    count = math.prod(x.shape[:-1])
+    flat = grad.reshape(count, grad.shape[-1])
     to_x = (flat @ weight).reshape(x.shape) if needs[0] else None
-    to_weight = flat.T @ x.reshape(-1, x.shape[-1]) if needs[1] else None
+    to_weight = flat.T @ x.reshape(count, x.shape[-1]) if needs[1] else None
     to_bias = flat.sum(axis=0) if len(needs) > 2 and needs[2] else None
-    return (to_x, to_weight, to_bias)[: len(needs)]
+    return to_x, to_weight, to_bias
 
 
 def _linear_samples(rng):
@@ -75,7 +85,8 @@ def _linear_reference(x, weight, bias=None):
     return x @ weight.T + (0 if bias is None else bias)
 
 
-linear = primitive("linear", _linear_forward, _linear_vjp, reference=_linear_reference, samples=_linear_samples)
+linear = primitive("linear", _linear_forward, _linear_vjp, reference=_linear_reference,
+                   samples=_linear_samples, weak=True)
 
 
 def _einsum_forward(*operands, equation):
@@ -87,12 +98,16 @@ def _einsum_forward(*operands, equation):
     terms, arrow, output = equation.replace(" ", "").partition("->")
     terms = terms.split(",")
     if not arrow or len(terms) != len(operands) or "." in equation:
-        raise ShapeError(f"einsum {equation!r}: expected one term for each of {len(operands)} operands, and '->'")
+        raise ShapeError(f"einsum {equation!r}: expected a term for each of {len(operands)} inputs, and '->'")
     for i, term in enumerate(terms):
         elsewhere = output + "".join(terms[:i] + terms[i + 1 :])
         if len(set(term)) != len(term) or any(index not in elsewhere for index in term):
-            raise ShapeError(f"einsum {equation!r}: term {term!r} has a repeated index, or one that is nowhere else")
-    return np.einsum(equation, *operands, optimize=len(operands) > 1), (operands, terms, output)
+            raise ShapeError(f"einsum {equation!r}: {term!r} repeats an index, or has one that is nowhere else")
+    try:
+        return np.einsum(equation, *operands, optimize=len(operands) > 1), (operands, terms, output)
+    except ValueError as error:
+        shapes = " and ".join(str(np.shape(x)) for x in operands)
+        raise ShapeError(f"einsum {equation!r} of {shapes}: {error}") from None
 
 
 def _einsum_vjp(grad, saved, needs):
@@ -112,8 +127,10 @@ def _einsum_vjp(grad, saved, needs):
 def _einsum_samples(rng):
     yield (rng.standard_normal((2, 3)), rng.standard_normal((3, 4))), {"equation": "ij,jk->ik"}
     yield (rng.standard_normal((2, 3)),), {"equation": "ij->ji"}
-    yield (rng.standard_normal((2, 3)), rng.standard_normal((2, 3)), rng.standard_normal(3)), {"equation": "ij,ij,j->i"}
+    three = rng.standard_normal((2, 3)), rng.standard_normal((2, 3)), rng.standard_normal(3)
+    yield three, {"equation": "ij,ij,j->i"}
 
 
 einsum = primitive("einsum", _einsum_forward, _einsum_vjp,
-                   reference=lambda *operands, equation: np.einsum(equation, *operands), samples=_einsum_samples)
+                   reference=lambda *operands, equation: np.einsum(equation, *operands),
+                   samples=_einsum_samples, weak=True)

@@ -14,6 +14,8 @@ def _reversed(op):
 
 
 def _compare(ufunc):
+    """Comparison of the values, element by element: an array of bool, off the tape."""
+
     def call(self, other):
         return ufunc(self.data, other.data if isinstance(other, Tensor) else other)
 
@@ -22,7 +24,9 @@ def _compare(ufunc):
 
 def _reshape(self, *sizes):
     """The same elements in another shape: ``x.reshape(2, -1)`` or ``x.reshape((2, -1))``."""
-    return shape.reshape(self, shape=sizes[0] if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)) else sizes)
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    return shape.reshape(self, shape=sizes)
 
 
 def _transpose(self, *axes):
@@ -60,6 +64,8 @@ METHODS = {
     "__le__": _compare(np.less_equal),
     "__gt__": _compare(np.greater),
     "__ge__": _compare(np.greater_equal),
+    "__eq__": _compare(np.equal),
+    "__ne__": _compare(np.not_equal),
     "reshape": _reshape,
     "transpose": _transpose,
     "swapaxes": shape.swapaxes,

@@ -3,8 +3,11 @@
 ``axis`` is None (all), an integer or a tuple; ``keepdims`` as in NumPy.
 """
 
+import math
+
 import numpy as np
 
+from xuracore.errors import ShapeError
 from xuracore.ops.registry import primitive
 
 
@@ -22,6 +25,7 @@ def _spread(grad, shape, axis, keepdims):
 
 
 def _filled(grad, shape):
+    """``grad`` repeated to ``shape``, in memory of its own."""
     out = np.empty(shape, grad.dtype)
     out[...] = grad
     return out
@@ -73,7 +77,7 @@ def _var_forward(x, axis=None, keepdims=False, correction=0):
 
 def _var_vjp(grad, saved, needs):
     centred, axis, keepdims, count = saved
-    return (_spread(grad, centred.shape, axis, keepdims) * centred * (2 / count),)
+    return (_spread(grad, centred.shape, axis, keepdims) * centred * (2 / count if count > 0 else math.nan),)
 
 
 var = primitive("var", _var_forward, _var_vjp,
@@ -111,28 +115,36 @@ min = _extreme("min", np.min)
 
 
 def _logsumexp_forward(x, axis=-1, keepdims=False):
-    """log(sum(exp(x))) over ``axis``, without overflow."""
+    """log(sum(exp(x))) over ``axis``, without overflow; of nothing but -inf it is -inf, with gradient 0."""
     top = x.max(axis=axis, keepdims=True)
     top = np.where(np.isfinite(top), top, x.dtype.type(0))
     e = np.exp(x - top)
     total = e.sum(axis=axis, keepdims=True)
-    y = np.log(total) + top
+    y = np.where(total > 0, np.log(np.where(total > 0, total, 1)) + top, top.dtype.type(-np.inf))
     return (y if keepdims else y.reshape(_reduced(x.shape, axis))), (e, total, axis, keepdims)
 
 
 def _logsumexp_vjp(grad, saved, needs):
     e, total, axis, keepdims = saved
-    return (_spread(grad, e.shape, axis, keepdims) * (e / total),)
+    return (_spread(grad, e.shape, axis, keepdims) * (e / np.where(total == 0, 1, total)),)
+
+
+def _logsumexp_samples(rng):
+    for (x,), attributes in _samples(rng, False):
+        yield (x,), {"axis": -1 if x.ndim else None, **attributes}
+    yield (np.array([[-np.inf, 0.5], [1.5, -np.inf]]),), {"axis": 0}
 
 
 logsumexp = primitive("logsumexp", _logsumexp_forward, _logsumexp_vjp,
                       reference=lambda x, axis=-1, keepdims=False: np.log(
                           np.exp(x).sum(axis=axis, keepdims=keepdims)),
-                      samples=lambda rng: ((x, {"axis": -1, **a}) for x, a in _samples(rng, False) if x[0].ndim))
+                      samples=_logsumexp_samples)
 
 
 def _cumsum_forward(x, axis=-1):
     """Cumulative sum along one axis."""
+    if axis is None:
+        raise ShapeError("cumsum runs along one axis; reshape(-1) first to sum over all elements in order")
     return x.cumsum(axis=axis), (axis,)
 
 

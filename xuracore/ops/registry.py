@@ -4,15 +4,20 @@ From this table come the gradient checks, the dtype checks, the table of ops in 
 and the labels of the profiler.  An op without vjp, reference or samples cannot be registered.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Callable
 
 import numpy as np
 
-from xuracore.autograd import Node, Output, is_grad_enabled
+from xuracore.autograd import Node, Output, next_number, recording
 from xuracore.tensor import Tensor
 
 REGISTRY = {}
+
+_ndarray = np.ndarray
+_new = object.__new__  # half the price of a Python __init__, at every op
+_PYTHON_NUMBERS = (float, int)
 
 
 @dataclass(frozen=True)
@@ -33,96 +38,218 @@ class Primitive:
     samples: Callable
     outputs: int = 1
     tolerance: float = 1e-5
-    weak: bool = False  # constant arrays take the dtype of the tensors they meet
+    weak: bool = False  # integer arrays take the float type they meet: they are numbers, not indices
     differentiable: bool = field(default=True)
 
 
 def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False):
     """Register an op and return the function users call.
 
-    That function takes Tensors, arrays, numbers or None by position and attributes by keyword.  If
-    no input is a Tensor, plain arrays come out and nothing is recorded.  Where an array meets a
-    Tensor it is a constant and takes the Tensor's float type.
+    That function takes Tensors, arrays, numbers or None by position and attributes by keyword (a Tensor
+    given by keyword is put in its place).  If no input is a Tensor, plain arrays come out and nothing is
+    recorded.  Where an array meets a Tensor it is a constant and takes the Tensor's float type.
     """
     if name in REGISTRY:
         raise ValueError(f"an op named {name!r} is already registered")
     record = Primitive(name, forward, vjp, reference, samples, outputs, tolerance, weak)
     REGISTRY[name] = record
-    build = _several_outputs if outputs > 1 else _one_output
-    call = build(record)
+    parameters = inspect.signature(forward).parameters.values()
+    places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    call = (_several_outputs if outputs > 1 else _one_output)(record, places)
+    if outputs == 1 and len(places) == len(parameters) and all(p.default is p.empty for p in places):
+        if len(places) == 1:
+            call = _of_one(record, call)
+        elif len(places) == 2 and weak:  # both are numbers; the second of ``getitem`` is an attribute
+            call = _of_two(record, call)
     call.__name__ = call.__qualname__ = name
     call.__doc__ = forward.__doc__ or reference.__doc__
     call.primitive = record
     return call
 
 
+# ---------------------------------------------------------------------- any inputs
 def _arrays(inputs, weak):
-    """Arrays of ``inputs``, their nodes, and whether any was a Tensor (None, None, False if not)."""
-    arrays, parents, dtype, recorded = [], [], None, False
+    """(arrays, nodes) of ``inputs``, constants in the Tensors' float type; nodes is None without Tensors."""
+    arrays, nodes, float_type, tensors, loose = [], [], None, False, False
     for x in inputs:
         if isinstance(x, Tensor):
-            data, node = x.data, x.node
-            if dtype is None or data.dtype.itemsize > dtype.itemsize and data.dtype.kind == "f":
-                dtype = data.dtype if data.dtype.kind == "f" else dtype
+            tensors = True
+            data = x.data
             arrays.append(data)
-            parents.append(node)
-            if node is not None:
-                recorded = True
+            nodes.append(x.node)
+            dtype = data.dtype
+            if dtype is not float_type:
+                if dtype.kind != "f":
+                    loose = True
+                elif float_type is None or dtype.itemsize > float_type.itemsize:
+                    float_type = dtype
         else:
             arrays.append(x)
-            parents.append(None)
-    if dtype is not None:
-        for i, x in enumerate(arrays):
-            if type(x) is float or type(x) is int or x is None:
-                continue
-            if inputs[i] is x and not isinstance(x, np.ndarray):
-                if isinstance(x, (np.generic, list, tuple)):
-                    x = arrays[i] = np.asarray(x)
-                else:
-                    continue
-            if x.dtype != dtype and (x.dtype.kind == "f" and inputs[i] is x or weak and x.dtype.kind in "iu"):
-                arrays[i] = x.astype(dtype)
-    return arrays, parents, recorded
+            nodes.append(None)
+            if x is not None and type(x) not in _PYTHON_NUMBERS:
+                loose = True
+    if not tensors:
+        return _plain(arrays, weak), None
+    if loose:
+        _constants(inputs, arrays, float_type, weak)
+    return arrays, nodes
 
 
-def _one_output(record):
+def _constants(inputs, arrays, float_type, weak):
+    """Bring constants in ``arrays`` to the Tensors' float type, and integers too where they are numbers."""
+    for i, x in enumerate(arrays):
+        given = inputs[i] is x
+        if given and (isinstance(x, (list, np.generic)) or weak and isinstance(x, tuple)):
+            x = arrays[i] = np.asarray(x)
+        if float_type is not None and isinstance(x, _ndarray) and x.dtype is not float_type:
+            if given and x.dtype.kind == "f" or weak and x.dtype.kind in "iu":
+                arrays[i] = x.astype(float_type, copy=False)
+
+
+def _plain(arrays, weak):
+    """Inputs of a call without Tensors: lists become arrays, and integer arrays do not widen floats."""
+    arrays = [np.asarray(x) if isinstance(x, list) else x for x in arrays]
+    if arrays and type(arrays[0]) in _PYTHON_NUMBERS and not any(isinstance(x, _ndarray) for x in arrays):
+        arrays[0] = np.asarray(arrays[0])
+    floats = [x.dtype for x in arrays if isinstance(x, _ndarray) and x.dtype.kind == "f"]
+    if weak and floats:
+        widest = max(floats, key=lambda dtype: dtype.itemsize)
+        numbers = (_ndarray, np.generic)
+        arrays = [x.astype(widest) if isinstance(x, numbers) and x.dtype.kind in "iu" else x for x in arrays]
+    return arrays
+
+
+def _by_position(places, inputs, attributes):
+    """Move Tensors given by keyword to their positions, with the defaults of what stands between."""
+    attributes, inputs = dict(attributes), list(inputs)
+    last = max((i for i, p in enumerate(places) if isinstance(attributes.get(p.name), Tensor)), default=-1)
+    for place in places[len(inputs) : last + 1]:
+        inputs.append(attributes.pop(place.name, place.default))
+    return inputs, attributes
+
+
+def _one_output(record, places):
     forward, weak = record.forward, record.weak
-    new_tensor, blank = Tensor.__new__, Tensor
 
     def call(*inputs, **attributes):
-        for x in inputs:
-            if isinstance(x, Tensor):
-                break
-        else:
-            return forward(*inputs, **attributes)[0]
-        arrays, parents, recorded = _arrays(inputs, weak)
+        if attributes:
+            for value in attributes.values():
+                if isinstance(value, Tensor):
+                    inputs, attributes = _by_position(places, inputs, attributes)
+                    break
+        arrays, nodes = _arrays(inputs, weak)
         data, saved = forward(*arrays, **attributes)
-        if type(data) is not np.ndarray:
+        if nodes is None:
+            return data
+        if type(data) is not _ndarray:
             data = np.asarray(data)
-        result = new_tensor(blank)
+        result = _new(Tensor)
         result.data = data
-        if recorded and is_grad_enabled():
-            result.node = Node(record, parents, saved, data.shape, data.dtype)
-        else:
-            result.node = None
+        result.node = None
+        for node in nodes:
+            if node is not None:
+                if recording():
+                    result.node = node = _new(Node)
+                    node.primitive = record
+                    node.parents = nodes
+                    node.saved = saved
+                    node.shape = data.shape
+                    node.dtype = data.dtype
+                    node.number = next_number()
+                break
         return result
 
     return call
 
 
-def _several_outputs(record):
+def _several_outputs(record, places):
     forward, weak = record.forward, record.weak
 
     def call(*inputs, **attributes):
-        if not any(isinstance(x, Tensor) for x in inputs):
-            return forward(*inputs, **attributes)[0]
-        arrays, parents, recorded = _arrays(inputs, weak)
+        if any(isinstance(value, Tensor) for value in attributes.values()):
+            inputs, attributes = _by_position(places, inputs, attributes)
+        arrays, nodes = _arrays(inputs, weak)
         outputs, saved = forward(*arrays, **attributes)
+        if nodes is None:
+            return outputs
         results = tuple(Tensor(data) for data in outputs)
-        if recorded and is_grad_enabled():
-            node = Node(record, parents, saved, None, None)
+        if any(node is not None for node in nodes) and recording():
+            node = _new(Node)
+            node.primitive, node.parents, node.saved = record, nodes, saved
+            node.shape = node.dtype = None  # its outputs have them
+            node.number = next_number()
             for index, result in enumerate(results):
-                result.node = Output(node, index, result.data)
+                result.node = Output(node, index, len(results), result.data)
         return results
+
+    return call
+
+
+# ---------------------------------------------------------------------- the short way for one or two inputs
+# Most small ops go this way.  The node is filled in place, here as above: a call to do it would cost
+# a tenth of the whole op.
+def _of_one(record, general):
+    """``general`` for ops of one input without attributes."""
+    forward = record.forward
+
+    def call(x):
+        if not isinstance(x, Tensor):
+            return general(x)
+        data, saved = forward(x.data)
+        if type(data) is not _ndarray:
+            data = np.asarray(data)
+        result = _new(Tensor)
+        result.data = data
+        parent = x.node
+        if parent is None or not recording():
+            result.node = None
+            return result
+        result.node = node = _new(Node)
+        node.primitive = record
+        node.parents = (parent,)
+        node.saved = saved
+        node.shape = data.shape
+        node.dtype = data.dtype
+        node.number = next_number()
+        return result
+
+    return call
+
+
+def _of_two(record, general):
+    """``general`` for ops of two numbers without attributes: Tensors of one type, or one and a number."""
+    forward = record.forward
+
+    def call(a, b):
+        if isinstance(a, Tensor):
+            x, left = a.data, a.node
+            if isinstance(b, Tensor):
+                y, right = b.data, b.node
+                if x.dtype is not y.dtype:
+                    return general(a, b)
+            elif type(b) is float or type(b) is int:
+                y, right = b, None
+            else:
+                return general(a, b)
+        elif isinstance(b, Tensor) and (type(a) is float or type(a) is int):
+            x, left, y, right = a, None, b.data, b.node
+        else:
+            return general(a, b)
+        data, saved = forward(x, y)
+        if type(data) is not _ndarray:
+            data = np.asarray(data)
+        result = _new(Tensor)
+        result.data = data
+        if left is None and right is None or not recording():
+            result.node = None
+            return result
+        result.node = node = _new(Node)
+        node.primitive = record
+        node.parents = (left, right)
+        node.saved = saved
+        node.shape = data.shape
+        node.dtype = data.dtype
+        node.number = next_number()
+        return result
 
     return call

@@ -2,8 +2,9 @@
 
 import numpy as np
 
-from xuracore.errors import ShapeError
-from xuracore.ops.registry import REGISTRY, primitive  # noqa: F401
+from xuracore.errors import DTypeError, ShapeError
+from xuracore.ops.registry import primitive
+from xuracore.tensor import FLOATS
 
 
 def _reshape_forward(x, shape):
@@ -11,7 +12,7 @@ def _reshape_forward(x, shape):
     try:
         return x.reshape(shape), (x.shape,)
     except ValueError:
-        raise ShapeError(f"cannot reshape {x.shape} ({x.size} elements) to {tuple(shape)}") from None
+        raise ShapeError(f"cannot reshape {x.shape} ({x.size} elements) to {shape}") from None
 
 
 def _reshape_vjp(grad, saved, needs):
@@ -30,18 +31,26 @@ reshape = primitive("reshape", _reshape_forward, _reshape_vjp,
 
 
 def _transpose_forward(x, axes=None):
-    """Permute the axes (None: reverse them)."""
+    """Permute the axes (None: reverse them); negative ones count from the end.  Raises ShapeError."""
+    if axes is not None and sorted(axis % max(x.ndim, 1) for axis in axes) != list(range(x.ndim)):
+        raise ShapeError(f"axes {tuple(axes)} are no permutation of the {x.ndim} axes of shape {x.shape}")
     return x.transpose(axes), (axes,)
 
 
 def _transpose_vjp(grad, saved, needs):
     (axes,) = saved
-    return (grad.transpose(None if axes is None else np.argsort(axes)),)
+    if axes is None:
+        return (grad.transpose(),)
+    back = [0] * len(axes)
+    for place, axis in enumerate(axes):
+        back[axis] = place
+    return (grad.transpose(back),)
 
 
 def _transpose_samples(rng):
     yield (rng.standard_normal((2, 3)),), {}
     yield (rng.standard_normal((2, 3, 4)),), {"axes": (1, 2, 0)}
+    yield (rng.standard_normal((2, 3, 4)),), {"axes": (0, -1, 1)}
     yield (np.asarray(rng.standard_normal()),), {}
 
 
@@ -63,17 +72,21 @@ def _concatenate_forward(*arrays, axis=0):
 
 def _concatenate_vjp(grad, saved, needs):
     sizes, axis = saved
-    pieces = np.split(grad, np.cumsum(sizes[:-1]), axis=axis)
-    return [piece if need else None for piece, need in zip(pieces, needs)]
+    before, start, pieces = (slice(None),) * (axis % grad.ndim), 0, []
+    for size, need in zip(sizes, needs):
+        pieces.append(grad[(*before, slice(start, start + size))] if need else None)
+        start += size
+    return pieces
 
 
 def _concatenate_samples(rng):
     yield (rng.standard_normal((2, 3)), rng.standard_normal((1, 3))), {}
-    yield (rng.standard_normal((2, 3)), rng.standard_normal((2, 0)), rng.standard_normal((2, 2))), {"axis": -1}
+    yield tuple(rng.standard_normal((2, n)) for n in (3, 0, 2)), {"axis": -1}
 
 
 concatenate = primitive("concatenate", _concatenate_forward, _concatenate_vjp,
-                        reference=lambda *a, axis=0: np.concatenate(a, axis), samples=_concatenate_samples)
+                        reference=lambda *a, axis=0: np.concatenate(a, axis), samples=_concatenate_samples,
+                        weak=True)
 
 
 def _stack_forward(*arrays, axis=0):
@@ -91,7 +104,7 @@ def _stack_samples(rng):
 
 
 stack = primitive("stack", _stack_forward, _stack_vjp,
-                  reference=lambda *a, axis=0: np.stack(a, axis), samples=_stack_samples)
+                  reference=lambda *a, axis=0: np.stack(a, axis), samples=_stack_samples, weak=True)
 
 
 def split(x, sizes, axis=-1):
@@ -100,8 +113,8 @@ def split(x, sizes, axis=-1):
     x : Tensor or array; sizes : sequence of int.  Returns a list of the same kind.
     """
     axis %= x.ndim
-    if builtins_sum(sizes) != x.shape[axis]:
-        raise ShapeError(f"sizes {tuple(sizes)} add up to {builtins_sum(sizes)}; axis {axis} has {x.shape[axis]}")
+    if sum(sizes) != x.shape[axis]:
+        raise ShapeError(f"sizes {tuple(sizes)} add up to {sum(sizes)}; axis {axis} has {x.shape[axis]}")
     pieces, start = [], 0
     for size in sizes:
         key = (slice(None),) * axis + (slice(start, start + size),)
@@ -110,12 +123,12 @@ def split(x, sizes, axis=-1):
     return pieces
 
 
-builtins_sum = sum
-
-
 def _broadcast_to_forward(x, shape):
-    """Repeat along axes of size 1 (and new leading axes) to reach ``shape``."""
-    return np.array(np.broadcast_to(x, shape)), ()
+    """Repeat along axes of size 1 (and new leading axes) to reach ``shape``.  Raises ShapeError."""
+    try:
+        return np.array(np.broadcast_to(x, shape)), ()
+    except ValueError:
+        raise ShapeError(f"cannot broadcast {np.shape(x)} to {shape}") from None
 
 
 def _broadcast_to_vjp(grad, saved, needs):
@@ -166,11 +179,14 @@ def _flip_samples(rng):
     yield (rng.standard_normal((2, 3)),), {"axis": (0, 1)}
 
 
-flip = primitive("flip", _flip_forward, _flip_vjp, reference=lambda x, axis: np.flip(x, axis), samples=_flip_samples)
+flip = primitive("flip", _flip_forward, _flip_vjp, reference=lambda x, axis: np.flip(x, axis),
+                 samples=_flip_samples)
 
 
 def _astype_forward(x, dtype):
-    """Convert to another float type."""
+    """Convert to float32 or float64.  DTypeError for other types: nothing else can be on the tape."""
+    if np.dtype(dtype) not in FLOATS:
+        raise DTypeError(f"astype: {np.dtype(dtype)} is not float32 or float64; use .data for constants")
     return x.astype(dtype), ()
 
 
