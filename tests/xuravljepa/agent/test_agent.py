@@ -68,14 +68,15 @@ def png(seed=0, size=(64, 64)):
 
 
 def lookup_tool(agent, function, **settings):
-    agent.register_tool(function, arguments={"shop": FromQuestion(r"\bat (\w+)")}, usefulness=SURE, **settings)
+    arguments = {"shop": FromQuestion(r"\bat (\w+)")}
+    agent.register_tool(function, arguments=arguments, usefulness=SURE, **settings)
 
 
 # ---------------------------------------------------------------------- pictures and questions
 def test_a_picture_may_be_a_file_an_array_or_a_pil_image(agent, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    replies = [agent.ask(source, "what shape is the red one?")
-               for source in (str(tmp_path / "a.png"), tmp_path / "a.png", picture(), Image.fromarray(picture()))]
+    sources = str(tmp_path / "a.png"), tmp_path / "a.png", picture(), Image.fromarray(picture())
+    replies = [agent.ask(source, "what shape is the red one?") for source in sources]
     assert len({(reply.answer, reply.confidence) for reply in replies}) == 1
     assert len({reply.trace.run.image for reply in replies}) == 1
 
@@ -83,8 +84,8 @@ def test_a_picture_may_be_a_file_an_array_or_a_pil_image(agent, tmp_path):
 def bombs():
     """(name, bytes): files that claim to be pictures."""
     whole = png()
-    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + b"IHDR" + struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8,
-                                                                                 2, 0, 0, 0)
+    side = 2**31 - 1
+    header = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR" + struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     yield "empty", b""
     yield "text", b"this is not a picture"
     yield "truncated", whole[: len(whole) // 2]
@@ -121,8 +122,9 @@ def test_what_is_no_picture_is_refused(agent, tmp_path):
         agent.ask(None, "any?")
 
 
-@pytest.mark.parametrize("question, error", [("", ShapeError), ("  \n", ShapeError), ("x" * 65, ShapeError),
-                                             ("ü" * 33, ShapeError), (None, DTypeError), (b"red?", DTypeError)])
+@pytest.mark.parametrize("question, error", [
+    ("", ShapeError), ("  \n", ShapeError), ("x" * 65, ShapeError), ("ü" * 33, ShapeError), (None, DTypeError),
+    (b"red?", DTypeError)])
 def test_a_wrong_question_is_refused_and_changes_nothing(agent, question, error):
     before = agent.ask(picture(0), "how many?")
     with pytest.raises(error):
@@ -182,8 +184,8 @@ def price_of(shop: str) -> int:
 def test_a_tool_is_called_and_what_it_says_is_taken_in(agent):
     lookup_tool(agent, price_of, isolation="inline")
     reply = agent.ask(picture(), PRICE)
-    assert reply.tool_calls == [{"tool": "price_of", "arguments": {"shop": "zorba"}, "result": "5", "ok": True,
-                                 "error": None}]
+    assert reply.tool_calls == [
+        {"tool": "price_of", "arguments": {"shop": "zorba"}, "result": "5", "ok": True, "error": None}]
     read, call, end = reply.trace.steps
     assert call.state_change > 0
     assert call.candidates != read.candidates  # the second reading saw another state
@@ -352,7 +354,8 @@ def test_a_replay_refuses_another_picture_and_another_agent(agent, model):
 # ---------------------------------------------------------------------- streams
 def test_a_stream_speaks_first_and_where_something_changes(agent):
     frames = [picture(0)] * 6 + [picture(5) // 8] * 6
-    spoken = list(agent.stream(frames, "how many?", SelectiveDecoder(SelectiveConfig(drift=1e-6, surprise=1e-6))))
+    decoder = SelectiveDecoder(SelectiveConfig(drift=1e-6, surprise=1e-6))
+    spoken = list(agent.stream(frames, "how many?", decoder))
     assert [number for number, _, _ in spoken] == [0, 6]
     assert all(answer in ANSWERS and 0 <= confidence <= 1 for _, answer, confidence in spoken)
     assert agent.ask(None, "how many?").trace.run.image == agent.ask(frames[-1], "how many?").trace.run.image
@@ -451,9 +454,9 @@ def test_a_damaged_state_is_refused_and_the_picture_stays(agent, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(FormatError):
             agent.load_state(path)
-    for tensors, more in [({"visual": visual}, {"version": "2"}), ({"visual": visual}, {"x_encoder": "0" * 64}),
-                          ({"other": visual}, {}), ({"visual": visual[:, :3]}, {}),
-                          ({"visual": visual.astype(np.float64)}, {}), ({"visual": visual * np.nan}, {})]:
+    foreign = [({"visual": visual}, {"version": "2"}), ({"visual": visual}, {"x_encoder": "0" * 64})]
+    wrong = visual[:, :3], visual.astype(np.float64), visual * np.nan
+    for tensors, more in [({"other": visual}, {}), *foreign, *(({"visual": array}, {}) for array in wrong)]:
         io.save_safetensors(path, tensors, about | more)
         with pytest.raises(FormatError, match="state"):
             agent.load_state(path)
