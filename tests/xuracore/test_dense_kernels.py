@@ -32,21 +32,21 @@ def layer_norm_backward_arguments(rng, size, dtype):
 
 
 def rms_norm_arguments(rng, size, dtype):
-    x = rng.standard_normal((size, 6)).astype(dtype)
-    return x, rng.standard_normal(6).astype(dtype), 1e-6, np.empty_like(x), np.empty((size, 2), dtype)
+    x = rng.standard_normal((size, 2, 3)).astype(dtype)
+    return x, rng.standard_normal((2, 3)).astype(dtype), 1e-6, np.empty_like(x), np.empty((size, 2), dtype)
 
 
 def rms_norm_backward_arguments(rng, size, dtype):
     x, weight, _, y, rstd = forward = rms_norm_arguments(rng, size, dtype)
     norm.rms_norm_forward_numpy(*forward)
-    partial = np.empty((norm.row_blocks(size), 6), dtype)
-    return rng.standard_normal((size, 6)).astype(dtype), x, weight, rstd, y, partial
+    partial = np.empty((norm.row_blocks(size), 2, 3), dtype)
+    return rng.standard_normal(x.shape).astype(dtype), x, weight, rstd, y, partial
 
 
 def gated_rms_norm_arguments(norm_first):
     def arguments_for(rng, size, dtype):
         x, weight, eps, y, rstd = rms_norm_arguments(rng, size, dtype)
-        z = rng.standard_normal((size, 6)).astype(dtype)
+        z = rng.standard_normal(x.shape).astype(dtype)
         return x, z, weight, eps, norm_first, y, rstd
 
     return arguments_for
@@ -56,16 +56,16 @@ def gated_rms_norm_backward_arguments(norm_first):
     def arguments_for(rng, size, dtype):
         x, z, weight, _, _, y, rstd = forward = gated_rms_norm_arguments(norm_first)(rng, size, dtype)
         norm.gated_rms_norm_forward_numpy(*forward)
-        partial = np.empty((norm.row_blocks(size), 6), dtype)
-        grad = rng.standard_normal((size, 6)).astype(dtype)
+        partial = np.empty((norm.row_blocks(size), 2, 3), dtype)
+        grad = rng.standard_normal(x.shape).astype(dtype)
         return grad, x, z, weight, norm_first, rstd, y, np.empty_like(x), partial
 
     return arguments_for
 
 
 def conv_arguments(rng, size, dtype):
-    x, state, taps = (rng.standard_normal(s).astype(dtype) for s in [(2, size, 70), (2, 3, 70), (4, 70)])
-    return x, state, taps, np.ones(70, dtype), np.empty_like(x)
+    x, state, taps = (rng.standard_normal(s).astype(dtype) for s in [(2, size, 140), (2, 3, 140), (4, 140)])
+    return x, state, taps, np.ones(140, dtype), np.empty_like(x)
 
 
 def conv_backward_arguments(rng, size, dtype):

@@ -13,7 +13,7 @@ import numpy as np
 
 from xuracore.jit import kernel, prange
 
-CHANNELS = 64  # channels per backward block: wide enough for vector units, small enough for cache
+CHANNELS = 128  # channels per backward block: wide enough for vector units, small enough for cache
 
 
 def causal_conv_forward_numpy(x, state, taps, bias, y):
@@ -28,21 +28,18 @@ def causal_conv_forward_numpy(x, state, taps, bias, y):
 @kernel(twin=causal_conv_forward_numpy, parallel=True)
 def causal_conv_forward(x, state, taps, bias, y):
     batch, length, channels = x.shape
-    size = taps.shape[0]
-    past = size - 1
-    for row in prange(batch * length):
-        b = np.int64(row) // length
-        t = np.int64(row) % length
+    past = taps.shape[0] - 1
+    for index in prange(batch * length):
+        row = np.int64(index)
+        b, t = row // length, row % length
+        out, now, last = y[b, t], x[b, t], taps[past]
         for c in range(channels):
-            y[b, t, c] = bias[c] + taps[past, c] * x[b, t, c]
+            out[c] = bias[c] + last[c] * now[c]
         for k in range(past):
-            source = t + k - past
-            if source >= 0:
-                for c in range(channels):
-                    y[b, t, c] += taps[k, c] * x[b, source, c]
-            else:
-                for c in range(channels):
-                    y[b, t, c] += taps[k, c] * state[b, source + past, c]
+            source, tap = t + k - past, taps[k]
+            before = x[b, source] if source >= 0 else state[b, source + past]
+            for c in range(channels):
+                out[c] += tap[c] * before[c]
 
 
 def causal_conv_backward_numpy(grad, x, state, taps, dx, dstate, dtaps, dbias):
@@ -62,31 +59,27 @@ def causal_conv_backward_numpy(grad, x, state, taps, dx, dstate, dtaps, dbias):
 def causal_conv_backward(grad, x, state, taps, dx, dstate, dtaps, dbias):
     batch, length, channels = x.shape
     past = taps.shape[0] - 1
-    zero = x.dtype.type(0)
     for block in prange((channels + CHANNELS - 1) // CHANNELS):
         low = np.int64(block) * CHANNELS
         high = min(low + CHANNELS, channels)
-        for c in range(low, high):
-            dbias[c] = zero
-        for k in range(past + 1):
-            for c in range(low, high):
-                dtaps[k, c] = zero
+        dbias[low:high] = 0
+        dtaps[:, low:high] = 0
+        dstate[:, :, low:high] = 0
         for b in range(batch):
-            for s in range(past):
-                for c in range(low, high):
-                    dstate[b, s, c] = zero
             for t in range(length):
-                for c in range(low, high):
-                    dbias[c] += grad[b, t, c]
-                    dtaps[past, c] += grad[b, t, c] * x[b, t, c]
-                    dx[b, t, c] = grad[b, t, c] * taps[past, c]
+                g, now, to_now = grad[b, t, low:high], x[b, t, low:high], dx[b, t, low:high]
+                to_bias, to_tap, tap = dbias[low:high], dtaps[past, low:high], taps[past, low:high]
+                for c in range(high - low):
+                    to_bias[c] += g[c]
+                    to_tap[c] += g[c] * now[c]
+                    to_now[c] = g[c] * tap[c]
                 for k in range(past):
-                    source = t + k - past
-                    if source >= 0:
-                        for c in range(low, high):
-                            dtaps[k, c] += grad[b, t, c] * x[b, source, c]
-                            dx[b, source, c] += grad[b, t, c] * taps[k, c]
+                    at = t + k - past
+                    to_tap, tap = dtaps[k, low:high], taps[k, low:high]
+                    if at >= 0:
+                        before, to_before = x[b, at, low:high], dx[b, at, low:high]
                     else:
-                        for c in range(low, high):
-                            dtaps[k, c] += grad[b, t, c] * state[b, source + past, c]
-                            dstate[b, source + past, c] += grad[b, t, c] * taps[k, c]
+                        before, to_before = state[b, at + past, low:high], dstate[b, at + past, low:high]
+                    for c in range(high - low):
+                        to_tap[c] += g[c] * before[c]
+                        to_before[c] += g[c] * tap[c]

@@ -1,4 +1,4 @@
-"""Layer norm and RMS norm over the last axis of ``(rows, width)`` arrays.
+"""Layer norm of ``(rows, width)`` arrays and RMS norm of ``(rows, groups, width)``, over the last axis.
 
 Layer norm (Ba et al. 2016):   n = (x - mean) / sqrt(var + eps),   y = n w + b
 RMS norm (Zhang & Sennrich 2019):   n = x / sqrt(mean(x²) + eps),   y = n w
@@ -8,20 +8,21 @@ Backward, with d = grad·w and r the reciprocal deviation, per row:
     layer norm   dx = r (d - mean(d) - n mean(d n))        dw = Σ_rows grad n,   db = Σ_rows grad
     RMS norm     dx = r (d - n mean(d n))                  dw = Σ_rows grad n
 
-RMS norm works in ``groups`` of equal width (one group is the ordinary norm; Mamba-2 gates and norms
-in groups), and the gated form multiplies by silu(z) either before or after normalising:
+One group is the ordinary RMS norm; Mamba-2 norms in groups.  The gated form multiplies by silu(z) either
+before or after normalising:
 
     gate first   y = norm(x silu(z)) w          norm first   y = norm(x) w silu(z)
 
-Sums over rows are taken as ``(blocks, width)`` partial sums that the caller adds up: the
-number of blocks depends on the shape alone, so the result does not depend on the thread count.
-Everything is C-contiguous, of one float dtype; outputs are allocated by the caller.
+Sums over rows are taken as partial sums, one per block of rows, that the caller adds up: the number of
+blocks depends on the shape alone, so the result does not depend on the thread count.  Everything is
+C-contiguous, of one float dtype; outputs are allocated by the caller.  Each index runs from zero:
+where Numba cannot see that an index is not negative, it handles negative ones, and the loop stays scalar.
 """
 
 import numpy as np
 
 from xuracore.jit import REDUCE, kernel, prange
-from xuracore.kernels.fastmath import sigmoid
+from xuracore.kernels.fastmath import sigmoid, silu
 
 
 def row_blocks(rows):
@@ -101,64 +102,57 @@ def layer_norm_backward(grad, x, weight, mean, rstd, dx, dweight, dbias):
 
 
 def rms_norm_forward_numpy(x, weight, eps, y, rstd):
-    """y (rows, width) and rstd (rows, groups) from x (rows, width), weight (width,)."""
-    rows, groups = rstd.shape
-    grouped = x.reshape(rows, groups, x.shape[1] // groups)
-    rstd[...] = 1 / np.sqrt(np.mean(grouped * grouped, axis=2) + eps)
-    y[...] = (grouped * rstd[:, :, None]).reshape(x.shape) * weight
+    """y like x (rows, groups, width), rstd (rows, groups); weight (groups, width)."""
+    rstd[...] = 1 / np.sqrt(np.mean(x * x, axis=2) + eps)
+    y[...] = x * rstd[:, :, None] * weight
 
 
 @kernel(twin=rms_norm_forward_numpy, parallel=True, fastmath=REDUCE)
 def rms_norm_forward(x, weight, eps, y, rstd):
-    rows, groups = rstd.shape
-    width = x.shape[1] // groups
+    rows, groups, width = x.shape
     number = x.dtype.type
     share, small = number(1 / width), number(eps)
     for i in prange(rows):
         for g in range(groups):
             square = number(0)
-            for j in range(g * width, (g + 1) * width):
-                square += x[i, j] * x[i, j]
+            for j in range(width):
+                square += x[i, g, j] * x[i, g, j]
             scale = number(1) / np.sqrt(square * share + small)
-            for j in range(g * width, (g + 1) * width):
-                y[i, j] = x[i, j] * scale * weight[j]
+            for j in range(width):
+                y[i, g, j] = x[i, g, j] * scale * weight[g, j]
             rstd[i, g] = scale
 
 
 def rms_norm_backward_numpy(grad, x, weight, rstd, dx, dweight):
-    """dx (rows, width); dweight (blocks, width) holds partial sums over rows."""
-    rows, groups = rstd.shape
-    normal = x.reshape(rows, groups, x.shape[1] // groups) * rstd[:, :, None]
-    d = (grad * weight).reshape(normal.shape)
-    along = np.mean(d * normal, axis=2, keepdims=True)
-    dx[...] = (rstd[:, :, None] * (d - normal * along)).reshape(x.shape)
-    normal = normal.reshape(x.shape)
-    for block, part in enumerate(_block_slices(rows, len(dweight))):
+    """dx (rows, groups, width); dweight (blocks, groups, width) holds partial sums over rows."""
+    normal = x * rstd[:, :, None]
+    d = grad * weight
+    dx[...] = rstd[:, :, None] * (d - normal * np.mean(d * normal, axis=2, keepdims=True))
+    for block, part in enumerate(_block_slices(len(x), len(dweight))):
         dweight[block] = np.sum(grad[part] * normal[part], axis=0)
 
 
 @kernel(twin=rms_norm_backward_numpy, parallel=True, fastmath=REDUCE)
 def rms_norm_backward(grad, x, weight, rstd, dx, dweight):
-    rows, groups = rstd.shape
-    width = x.shape[1] // groups
+    rows, groups, width = x.shape
     blocks = dweight.shape[0]
     number = x.dtype.type
     share = number(1 / width)
     for index in prange(blocks):
         block = np.int64(index)
-        for j in range(groups * width):
-            dweight[block, j] = number(0)
-        for i in range(rows * block // blocks, rows * (block + 1) // blocks):
-            for g in range(groups):
+        for g in range(groups):
+            for j in range(width):
+                dweight[block, g, j] = number(0)
+            for i in range(rows * block // blocks, rows * (block + 1) // blocks):
                 scale = rstd[i, g]
                 along = number(0)
-                for j in range(g * width, (g + 1) * width):
-                    along += grad[i, j] * weight[j] * x[i, j]
+                for j in range(width):
+                    along += grad[i, g, j] * weight[g, j] * x[i, g, j]
                 along *= share * scale
-                for j in range(g * width, (g + 1) * width):
-                    normal = x[i, j] * scale
-                    dweight[block, j] += grad[i, j] * normal
-                    dx[i, j] = scale * (grad[i, j] * weight[j] - normal * along)
+                for j in range(width):
+                    normal = x[i, g, j] * scale
+                    dweight[block, g, j] += grad[i, g, j] * normal
+                    dx[i, g, j] = scale * (grad[i, g, j] * weight[g, j] - normal * along)
 
 
 def _gate_numpy(z):
@@ -169,7 +163,7 @@ def _gate_numpy(z):
 
 
 def gated_rms_norm_forward_numpy(x, z, weight, eps, norm_first, y, rstd):
-    """y (rows, width) and rstd (rows, groups) from x, z (rows, width), weight (width,)."""
+    """As :func:`rms_norm_forward_numpy`, with the gate z (rows, groups, width)."""
     gate, _ = _gate_numpy(z)
     if norm_first:
         rms_norm_forward_numpy(x, weight, eps, y, rstd)
@@ -180,35 +174,32 @@ def gated_rms_norm_forward_numpy(x, z, weight, eps, norm_first, y, rstd):
 
 @kernel(twin=gated_rms_norm_forward_numpy, parallel=True, fastmath=REDUCE)
 def gated_rms_norm_forward(x, z, weight, eps, norm_first, y, rstd):
-    rows, groups = rstd.shape
-    width = x.shape[1] // groups
+    rows, groups, width = x.shape
     number = x.dtype.type
     share, small = number(1 / width), number(eps)
     for i in prange(rows):
         for g in range(groups):
             square = number(0)
+            for j in range(width):
+                y[i, g, j] = x[i, g, j] * silu(z[i, g, j])
             if norm_first:
-                for j in range(g * width, (g + 1) * width):
-                    square += x[i, j] * x[i, j]
-                    y[i, j] = x[i, j] * z[i, j] * sigmoid(z[i, j])
+                for j in range(width):
+                    square += x[i, g, j] * x[i, g, j]
             else:
-                for j in range(g * width, (g + 1) * width):
-                    gated = x[i, j] * z[i, j] * sigmoid(z[i, j])
-                    square += gated * gated
-                    y[i, j] = gated
+                for j in range(width):
+                    square += y[i, g, j] * y[i, g, j]
             scale = number(1) / np.sqrt(square * share + small)
-            for j in range(g * width, (g + 1) * width):
-                y[i, j] *= scale * weight[j]
+            for j in range(width):
+                y[i, g, j] *= scale * weight[g, j]
             rstd[i, g] = scale
 
 
 def gated_rms_norm_backward_numpy(grad, x, z, weight, norm_first, rstd, dx, dz, dweight):
-    """dx, dz (rows, width); dweight (blocks, width) holds partial sums over rows."""
+    """As :func:`rms_norm_backward_numpy`, with the gradient dz of the gate."""
     gate, slope = _gate_numpy(z)
     if norm_first:
         rms_norm_backward_numpy(grad * gate, x, weight, rstd, dx, dweight)
-        normal = x.reshape(*rstd.shape, x.shape[1] // rstd.shape[1]) * rstd[:, :, None]
-        dz[...] = grad * weight * normal.reshape(x.shape) * slope
+        dz[...] = grad * weight * x * rstd[:, :, None] * slope
     else:
         rms_norm_backward_numpy(grad, x * gate, weight, rstd, dx, dweight)
         dz[...] = dx * x * slope
@@ -217,34 +208,35 @@ def gated_rms_norm_backward_numpy(grad, x, z, weight, norm_first, rstd, dx, dz, 
 
 @kernel(twin=gated_rms_norm_backward_numpy, parallel=True, fastmath=REDUCE)
 def gated_rms_norm_backward(grad, x, z, weight, norm_first, rstd, dx, dz, dweight):
-    rows, groups = rstd.shape
-    width = x.shape[1] // groups
+    rows, groups, width = x.shape
     blocks = dweight.shape[0]
     number = x.dtype.type
     one, share = number(1), number(1 / width)
     for index in prange(blocks):
         block = np.int64(index)
-        for j in range(groups * width):
-            dweight[block, j] = number(0)
-        for i in range(rows * block // blocks, rows * (block + 1) // blocks):
-            for g in range(groups):
+        for g in range(groups):
+            for j in range(width):
+                dweight[block, g, j] = number(0)
+            for i in range(rows * block // blocks, rows * (block + 1) // blocks):
                 scale = rstd[i, g]
                 along = number(0)
-                for j in range(g * width, (g + 1) * width):  # both orders need Σ grad w x silu(z)
-                    gate = z[i, j] * sigmoid(z[i, j])
-                    along += grad[i, j] * weight[j] * x[i, j] * gate
+                for j in range(width):  # both orders need Σ grad w x silu(z); dz keeps the sigmoid meanwhile
+                    s = sigmoid(z[i, g, j])
+                    dz[i, g, j] = s
+                    dweight[block, g, j] += grad[i, g, j] * x[i, g, j] * scale * z[i, g, j] * s
+                for j in range(width):
+                    along += grad[i, g, j] * weight[g, j] * x[i, g, j] * z[i, g, j] * dz[i, g, j]
                 along *= share * scale
-                for j in range(g * width, (g + 1) * width):
-                    s = sigmoid(z[i, j])
-                    gate = z[i, j] * s
-                    slope = s + gate * (one - s)
-                    d = grad[i, j] * weight[j]
-                    dweight[block, j] += grad[i, j] * x[i, j] * scale * gate
-                    if norm_first:
-                        normal = x[i, j] * scale
-                        dx[i, j] = scale * (d * gate - normal * along)
-                        dz[i, j] = d * normal * slope
-                    else:
-                        inner = scale * (d - x[i, j] * gate * scale * along)
-                        dx[i, j] = inner * gate
-                        dz[i, j] = inner * x[i, j] * slope
+                if norm_first:
+                    for j in range(width):
+                        s, d = dz[i, g, j], grad[i, g, j] * weight[g, j]
+                        gate, normal = z[i, g, j] * s, x[i, g, j] * scale
+                        dx[i, g, j] = scale * (d * gate - normal * along)
+                        dz[i, g, j] = d * normal * (s + gate * (one - s))
+                else:
+                    for j in range(width):
+                        s, d = dz[i, g, j], grad[i, g, j] * weight[g, j]
+                        gate = z[i, g, j] * s
+                        inner = scale * (d - x[i, g, j] * gate * scale * along)
+                        dx[i, g, j] = inner * gate
+                        dz[i, g, j] = inner * x[i, g, j] * (s + gate * (one - s))

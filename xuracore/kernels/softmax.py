@@ -29,13 +29,13 @@ def softmax_forward(x, maximum, y):
     zero, lowest = number(0), number(LOWEST)
     for i in prange(rows):
         top = maximum[i]
-        total = zero
         for j in range(width):
             shifted = x[i, j] - top
             e = exp(shifted)
-            e = zero if shifted < lowest else e
-            y[i, j] = e
-            total += e
+            y[i, j] = zero if shifted < lowest else e
+        total = zero
+        for j in range(width):
+            total += y[i, j]
         scale = number(1) / total
         for j in range(width):
             y[i, j] *= scale

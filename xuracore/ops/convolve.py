@@ -85,7 +85,7 @@ def _causal_conv1d_samples(rng):
 
     yield draw(2, 5, 3, 4), {}
     yield draw(2, 2, 3, 4), {"silu": True}
-    yield draw(1, 3, 70, 2), {"silu": True}
+    yield draw(1, 2, 130, 2), {"silu": True}
     yield draw(1, 1, 1, 1), {}
     yield (*draw(2, 4, 3, 3)[:2], None, None), {}
 

@@ -3,6 +3,8 @@
 The mathematics stands in :mod:`xuracore.kernels.norm` and :mod:`xuracore.kernels.softmax`.
 """
 
+import math
+
 import numpy as np
 
 from xuracore.errors import ShapeError
@@ -30,7 +32,7 @@ def _layer_norm_forward(x, weight=None, bias=None, eps=1e-5):
 def _layer_norm_vjp(grad, saved, needs):
     seen, scale, mean, rstd = saved
     dx = np.empty_like(seen)
-    dscale, dshift = np.empty((2, kernels.row_blocks(len(seen)), seen.shape[1]), seen.dtype)
+    dscale, dshift = _partial_sums(seen), _partial_sums(seen)
     call = kernels.layer_norm_backward.sized(6 * seen.size)
     call(rows(grad), seen, scale, mean, rstd, dx, dscale, dshift)
     return dx.reshape(grad.shape), dscale.sum(axis=0), dshift.sum(axis=0)
@@ -60,8 +62,8 @@ def _rms_norm_forward(x, weight=None, eps=1e-6):
     x (..., D); weight (D,) or None.
     """
     x = floating(x)
-    seen = rows(x)
-    scale = vector(weight, x.shape[-1], x.dtype, 1, "weight")
+    seen = rows(x)[:, None]
+    scale = vector(weight, x.shape[-1], x.dtype, 1, "weight")[None]
     y, rstd = np.empty_like(seen), np.empty((len(seen), 1), x.dtype)
     kernels.rms_norm_forward.sized(3 * x.size)(seen, scale, float(eps), y, rstd)
     return y.reshape(x.shape), (seen, scale, rstd)
@@ -69,9 +71,14 @@ def _rms_norm_forward(x, weight=None, eps=1e-6):
 
 def _rms_norm_vjp(grad, saved, needs):
     seen, scale, rstd = saved
-    dx, dscale = np.empty_like(seen), np.empty((kernels.row_blocks(len(seen)), seen.shape[1]), seen.dtype)
-    kernels.rms_norm_backward.sized(5 * seen.size)(rows(grad), seen, scale, rstd, dx, dscale)
-    return dx.reshape(grad.shape), dscale.sum(axis=0)
+    dx, dscale = np.empty_like(seen), _partial_sums(seen)
+    kernels.rms_norm_backward.sized(5 * seen.size)(rows(grad)[:, None], seen, scale, rstd, dx, dscale)
+    return dx.reshape(grad.shape), dscale.sum(axis=0).reshape(-1)
+
+
+def _partial_sums(seen):
+    """Where a kernel puts its sums over blocks of rows of ``seen``."""
+    return np.empty((kernels.row_blocks(len(seen)), *seen.shape[1:]), seen.dtype)
 
 
 def _rms_norm_reference(x, weight=None, eps=1e-6):
@@ -104,9 +111,10 @@ def _gated_rms_norm_forward(x, z, weight=None, eps=1e-5, group_size=None, norm_b
         raise ShapeError(f"gated_rms_norm: x has shape {x.shape}, the gate {z.shape}; they must be equal")
     if size < 1 or width % size:
         raise ShapeError(f"gated_rms_norm: {width} channels do not divide into groups of {size}")
-    seen, gate = rows(x), rows(z)
-    scale = vector(weight, width, x.dtype, 1, "weight")
-    y, rstd = np.empty_like(seen), np.empty((len(seen), width // size), x.dtype)
+    grouped = (math.prod(x.shape[:-1]), width // size, size)
+    seen, gate = rows(x).reshape(grouped), rows(z).reshape(grouped)
+    scale = vector(weight, width, x.dtype, 1, "weight").reshape(grouped[1:])
+    y, rstd = np.empty_like(seen), np.empty(grouped[:2], x.dtype)
     call = kernels.gated_rms_norm_forward.sized(12 * x.size)
     call(seen, gate, scale, float(eps), bool(norm_before_gate), y, rstd)
     return y.reshape(x.shape), (seen, gate, scale, bool(norm_before_gate), rstd)
@@ -114,11 +122,10 @@ def _gated_rms_norm_forward(x, z, weight=None, eps=1e-5, group_size=None, norm_b
 
 def _gated_rms_norm_vjp(grad, saved, needs):
     seen, gate, scale, norm_first, rstd = saved
-    dx, dz = np.empty_like(seen), np.empty_like(gate)
-    dscale = np.empty((kernels.row_blocks(len(seen)), seen.shape[1]), seen.dtype)
+    dx, dz, dscale = np.empty_like(seen), np.empty_like(gate), _partial_sums(seen)
     call = kernels.gated_rms_norm_backward.sized(24 * seen.size)
-    call(rows(grad), seen, gate, scale, norm_first, rstd, dx, dz, dscale)
-    return dx.reshape(grad.shape), dz.reshape(grad.shape), dscale.sum(axis=0)
+    call(rows(grad).reshape(seen.shape), seen, gate, scale, norm_first, rstd, dx, dz, dscale)
+    return dx.reshape(grad.shape), dz.reshape(grad.shape), dscale.sum(axis=0).reshape(-1)
 
 
 def _gated_rms_norm_reference(x, z, weight=None, eps=1e-5, group_size=None, norm_before_gate=False):
