@@ -10,8 +10,12 @@ _HOME = {
     "budget": ("Budget",),
     "builtin": ("KnowledgeBase", "MemorySearch", "add", "calculator", "echo"),
     "errors": ("ArgumentError", "ReplayError", "ToolError"),
+    "picture": ("draw_scenes", "write_png"),
     "recursion": ("Outcome", "PatternSelector", "Proposal", "Reading", "RecursionConfig", "RecursionLayer"),
+    "report": ("html_page", "write_html"),
     "sandbox": ("Limits", "Sandbox"),
+    "selective": ("Decode", "SelectiveConfig", "SelectiveDecoder", "ward_segments"),
+    "story": ("Scene",),
     "tools": ("Output", "Tool", "ToolRegistry", "ToolRequest", "ToolResult", "Usefulness"),
     "trace": ("Replay", "Run", "Step", "Trace", "read_traces"),
 }
