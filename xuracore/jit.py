@@ -35,8 +35,8 @@ from xuracore.errors import ConfigError
 FMA = frozenset({"contract"})
 REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
 
-# Parallelise ``prange`` loops and nothing else: kernels are explicit loops, and turning every small
-# array expression inside them into a parallel loop doubles the time to compile.
+# Parallelise ``prange`` loops and nothing else: kernels are explicit loops, and a small array
+# expression inside one of them should not become a parallel region of its own.
 PRANGE_ONLY = {
     "prange": True, "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
     "numpy": False, "stencil": False, "fusion": False,
