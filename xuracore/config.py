@@ -41,11 +41,8 @@ class Config:
         return dataclasses.asdict(self)
 
     def replace(self, **changes):
-        """A copy with some values changed; unknown names are refused as in ``from_dict``."""
-        known = {field.name for field in dataclasses.fields(self)}
-        return type(self).from_dict({**self.to_dict(), **changes}) if set(changes) - known else (
-            dataclasses.replace(self, **changes)
-        )
+        """A copy with some values changed; unknown names and wrong types are refused as in ``from_dict``."""
+        return type(self).from_dict({**self.to_dict(), **changes})
 
 
 def _convert(where, kind, value):
@@ -58,7 +55,10 @@ def _convert(where, kind, value):
             except ConfigError:
                 continue
     elif (kind is tuple or origin is tuple) and isinstance(value, (list, tuple)):
-        return tuple(value)
+        kinds = typing.get_args(kind) or (object, ...)
+        kinds = kinds[:1] * len(value) if kinds[-1] is ... else kinds
+        if len(kinds) == len(value):
+            return tuple(_convert(f"{where}[{i}]", *pair) for i, pair in enumerate(zip(kinds, value)))
     elif isinstance(kind, type) and issubclass(kind, Config):
         return value if isinstance(value, kind) else kind.from_dict(value)
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -66,10 +66,17 @@ def _convert(where, kind, value):
     elif kind is type(None):
         if value is None:
             return None
-    elif isinstance(kind, type) and type(value) is kind:
+    elif isinstance(kind, type) and type(value) is kind or kind is object:
         return value
     name = getattr(kind, "__name__", None) or str(kind)
     raise ConfigError(f"{where} is {value!r} ({type(value).__name__}); expected {name}")
+
+
+def require_positive(config, *names):
+    """ConfigError unless each of the named sizes is at least 1."""
+    for name in names:
+        size = getattr(config, name)
+        require(size >= 1, f"{type(config).__name__}.{name} is {size}; expected at least 1")
 
 
 def require(condition, message):

@@ -1,9 +1,9 @@
 """The layers every model here is made of."""
 
-
 import numpy as np
 
 from xuracore import ops
+from xuracore.errors import ConfigError
 from xuracore.nn import init
 from xuracore.nn.module import Module, Parameter
 
@@ -66,6 +66,8 @@ class Dropout(Module):
     """Sets a share ``rate`` of the elements to 0 while training, and scales the rest by 1/(1 - rate)."""
 
     def __init__(self, rate, *, rng):
+        if not 0 <= rate < 1:
+            raise ConfigError(f"dropout rate is {rate}; expected 0 ≤ rate < 1")
         self.rate, self._rng = rate, rng
 
     def forward(self, x):

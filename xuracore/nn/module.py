@@ -4,17 +4,19 @@ import difflib
 
 import numpy as np
 
-from xuracore.errors import ShapeError, XuraError
-from xuracore.tensor import Tensor
+from xuracore.errors import DTypeError, XuraError
+from xuracore.tensor import FLOATS, Tensor
 
 
 class Parameter(Tensor):
-    """A Tensor that a Module owns and trains."""
+    """A Tensor that a Module owns and trains: contiguous, and writable for the optimizer."""
 
     __slots__ = ()
 
     def __init__(self, data, requires_grad=True):
-        super().__init__(np.asarray(data, order="C"), requires_grad)  # ascontiguousarray would make 0-d 1-d
+        super().__init__(data)
+        self.data = np.require(self.data, requirements=("C", "W"))
+        self.requires_grad_(requires_grad)
 
 
 class StateDictError(XuraError, KeyError):
@@ -28,22 +30,33 @@ class Module:
     """Base of every layer and model.
 
     Attributes that are Parameters, Modules or arrays marked with :meth:`register_buffer` make up the
-    state, named by their path (``layers.0.norm.weight``).  One Parameter under two names is *tied*:
-    it counts once, and is saved under its first name.
+    state, named by their path (``layers.0.norm.weight``); names that begin with ``_`` are left out.  One
+    Parameter under two names is *tied*: it counts once, and is saved under its first name.
     """
 
     training = True
+
+    def __setattr__(self, name, value):
+        if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
+            items = value.values() if isinstance(value, dict) else value
+            if any(isinstance(item, (Module, Parameter)) for item in items):
+                raise DTypeError(
+                    f"{type(self).__name__}.{name} is a {type(value).__name__} of modules or parameters; these "
+                    "would be neither trained nor saved: use ModuleList, or a name that begins with '_'"
+                )
+        super().__setattr__(name, value)
 
     def __call__(self, *arguments, **keywords):
         return self.forward(*arguments, **keywords)
 
     def forward(self, *arguments, **keywords):
+        """What the module computes; called through ``module(...)``."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     def register_buffer(self, name, array):
-        """Keep an array in the state that is not trained (running statistics, tables)."""
+        """Keep a copy of an array in the state that is not trained (running statistics, tables)."""
         self.__dict__.setdefault("_buffers", set()).add(name)
-        setattr(self, name, np.asarray(array))
+        setattr(self, name, np.array(array))
 
     # ------------------------------------------------------------------ the tree
     def children(self):
@@ -59,27 +72,34 @@ class Module:
             yield from child.named_modules(f"{prefix}.{name}" if prefix else name)
 
     def modules(self):
+        """This module and everything below it."""
         return (module for _, module in self.named_modules())
 
-    def _named(self, kind, tied=False):
-        seen = set()
+    def _all_parameters(self):
+        """(path, Parameter) under every name, tied ones included."""
         for path, module in self.named_modules():
-            buffers = vars(module).get("_buffers", ())
             for name, value in vars(module).items():
-                wanted = isinstance(value, Parameter) if kind == "parameter" else name in buffers
-                if wanted and (tied or id(value) not in seen):
-                    seen.add(id(value))
+                if isinstance(value, Parameter) and not name.startswith("_"):
                     yield f"{path}.{name}" if path else name, value
 
     def named_parameters(self):
         """(path, Parameter), each Parameter once."""
-        return self._named("parameter")
+        seen = set()
+        for name, parameter in self._all_parameters():
+            if parameter not in seen:
+                seen.add(parameter)
+                yield name, parameter
 
     def parameters(self):
+        """Each Parameter once."""
         return (parameter for _, parameter in self.named_parameters())
 
     def named_buffers(self):
-        return self._named("buffer")
+        """(path, array) of each registered buffer."""
+        for path, module in self.named_modules():
+            for name in vars(module):
+                if name in vars(module).get("_buffers", ()):
+                    yield f"{path}.{name}" if path else name, getattr(module, name)
 
     def parameter_count(self, trainable_only=False):
         """Number of trained numbers; tied ones once."""
@@ -95,33 +115,37 @@ class Module:
     def load_state_dict(self, state, strict=True):
         """Copy ``state`` into the parameters and buffers.
 
-        strict : every name must be there, and no other.  Shapes must match in any case.  All
-            differences are collected first, so nothing is changed when StateDictError is raised.
+        strict : every name must be there, and no other; a tied parameter may come under any of its
+            names.  Shapes must match in any case.  All differences are collected first, so nothing is
+            changed when StateDictError is raised.
         Returns (missing, unexpected) lists of names.
         """
         own = self.state_dict()
-        aliases = {name: value for name, value in self._named("parameter", tied=True) if name not in own}
-        unexpected = [name for name in state if name not in own and name not in aliases]
-        missing = [name for name in own if name not in state]
+        first = {parameter: name for name, parameter in self.named_parameters()}
+        names = {name: first[parameter] for name, parameter in self._all_parameters()}
+        names.update((name, name) for name in own)
+        given = {names[name]: state[name] for name in reversed(list(state)) if name in names}
+        given.update((name, state[name]) for name in own if name in state)  # the first name counts most
+        unexpected = [name for name in state if name not in names]
+        missing = [name for name in own if name not in given]
         misshapen = [
-            f"{name}: file {tuple(state[name].shape)}, model {own[name].shape}"
-            for name in own
-            if name in state and tuple(state[name].shape) != own[name].shape
+            f"{name}: file {tuple(state[name].shape)}, model {own[names[name]].shape}"
+            for name in state
+            if name in names and tuple(state[name].shape) != own[names[name]].shape
         ]
         if misshapen or strict and (missing or unexpected):
+            kinds = {"wrong shape": misshapen}
+            if strict:
+                kinds = {"unexpected": unexpected, "missing": missing, **kinds}
             lines = [f"the state does not fit {type(self).__name__}:"]
-            for title, names in (("unexpected", unexpected), ("missing", missing), ("wrong shape", misshapen)):
-                if names and (strict or title == "wrong shape"):
-                    some = ", ".join(names[:12]) + (" …" if len(names) > 12 else "")
-                    lines.append(f"  {title} ({len(names)}): {some}")
+            lines += [f"  {kind} ({len(some)}): " + ", ".join(some) for kind, some in kinds.items() if some]
             for name in unexpected[:3]:
                 near = difflib.get_close_matches(name, missing, 1)
                 if near:
                     lines.append(f"  perhaps {name!r} is meant to be {near[0]!r}")
             raise StateDictError("\n".join(lines))
-        for name, target in own.items():
-            if name in state:
-                target[...] = state[name]
+        for name, values in given.items():
+            own[name][...] = values
         return missing, unexpected
 
     # ------------------------------------------------------------------ switches
@@ -148,18 +172,25 @@ class Module:
                 parameter.grad = None
 
     def to_dtype(self, dtype):
-        """Convert every parameter to float32 or float64 (for gradient checks); returns the module."""
+        """Convert parameters and floating-point buffers to float32 or float64; returns the module."""
+        if np.dtype(dtype) not in FLOATS:
+            raise DTypeError(f"modules compute in float32 or float64, not {np.dtype(dtype)}")
         for parameter in self.parameters():
             trained = parameter.requires_grad
             parameter.node = None
             parameter.data = parameter.data.astype(dtype)
             parameter.requires_grad_(trained)
+        for module in self.modules():
+            for name in vars(module).get("_buffers", ()):
+                if getattr(module, name).dtype.kind == "f":
+                    setattr(module, name, getattr(module, name).astype(dtype))
         return self
 
     def __repr__(self):
         lines = [f"{type(self).__name__}({self.extra_repr()})  {self.parameter_count():,} parameters"]
         for name, child in self.children():
-            lines += [("  " if i else f"  ({name}): ") + line for i, line in enumerate(repr(child).splitlines())]
+            head, *rest = repr(child).splitlines()
+            lines += [f"  ({name}): {head}"] + [f"  {line}" for line in rest]
         return "\n".join(lines)
 
     def extra_repr(self):
@@ -176,8 +207,9 @@ class ModuleList(Module):
             self.append(module)
 
     def append(self, module):
+        """Add one at the end."""
         if not isinstance(module, Module):
-            raise ShapeError(f"ModuleList holds modules; got {type(module).__name__}")
+            raise DTypeError(f"ModuleList holds modules; got {type(module).__name__}")
         setattr(self, str(self._length), module)
         self._length += 1
 
@@ -188,4 +220,6 @@ class ModuleList(Module):
         return (vars(self)[str(i)] for i in range(self._length))
 
     def __getitem__(self, index):
-        return vars(self)[str(range(self._length)[index])]
+        """One module, or a list of them for a slice."""
+        place = range(self._length)[index]
+        return [vars(self)[str(i)] for i in place] if isinstance(index, slice) else vars(self)[str(place)]
