@@ -14,11 +14,11 @@ not guessed at.
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from xuracore.errors import FormatError
+from xuracore.io.atomic import write_atomically
 
 MAX_LINE_BYTES = 1_000_000
 MAX_CAPTION_BYTES = 1_000_000
@@ -278,16 +278,7 @@ def write_manifest(path, samples):
     """
     path = Path(path)
     lines = [json.dumps(_row(sample, path), ensure_ascii=False, allow_nan=False) for sample in samples]
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(line + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, [(line + "\n").encode() for line in lines])
 
 
 def _row(sample, path):
