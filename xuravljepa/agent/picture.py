@@ -9,8 +9,7 @@ import functools
 
 from PIL import Image, ImageDraw, ImageFont
 
-from xuravljepa.agent.report import _BARS, _LABELS, _WORDS
-from xuravljepa.agent.story import percent, picture_to_show, tell, verdict
+from xuravljepa.agent.story import BARS, LABELS, WORDS, percent, picture_to_show, tell, verdict
 from xuravljepa.agent.trace import printable
 
 _SCALE = 2  # pixels a unit: sharp on dense screens
@@ -168,7 +167,7 @@ def _card(canvas, story, x, y, width):
 
 def _answer(canvas, story, left, y, inner):
     answer = story.answer if len(story.answer) <= 40 else story.answer[:39] + "…"
-    words = [(f"{percent(story.confidence)} {_WORDS[story.verdict]}", _COLOURS[story.verdict])]
+    words = [(f"{percent(story.confidence)} {WORDS[story.verdict]}", _COLOURS[story.verdict])]
     if story.right is not None:
         words.append(("right", _COLOURS["sure"]) if story.right
                      else (f"wrong, it is “{story.expected[:30]}”", _COLOURS["guess"]))
@@ -219,7 +218,7 @@ def _nearest(canvas, reading, x, y, width):
     y = canvas.paragraph(x, y, f"nearest answers{reading.title}", 11, width, _SOFT, most=2) + 5
     label_width, number_width = min(72.0, width * 0.4), 30
     bar = width - label_width - number_width - 8
-    for label, similarity in reading.candidates[:_BARS]:
+    for label, similarity in reading.candidates[:BARS]:
         chosen = label == reading.answer
         label = label[:40]
         while canvas.measure(label, 12) > label_width - 6 and len(label) > 1:
@@ -234,7 +233,7 @@ def _nearest(canvas, reading, x, y, width):
 
 def _event(canvas, event, x, y, width):
     label_width = 84
-    canvas.text(x, y, _LABELS[event.kind], 12, _SOFT)
+    canvas.text(x, y, LABELS[event.kind], 12, _SOFT)
     fill = _COLOURS["guess"] if event.kind in ("failed", "note") else _INK
     if event.amount is not None:
         at = x + label_width + canvas.measure(event.text, 12) + 12

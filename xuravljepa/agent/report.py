@@ -9,13 +9,8 @@ import html
 import io
 from pathlib import Path
 
-from xuravljepa.agent.story import percent, picture_to_show, tell, verdict
+from xuravljepa.agent.story import BARS, LABELS, WORDS, percent, picture_to_show, tell, verdict
 from xuravljepa.agent.trace import printable
-
-_WORDS = {"sure": "sure", "doubt": "sure", "guess": "sure: a guess"}
-_LABELS = {"asked": "asked itself", "call": "called", "failed": "failed", "injected": "injected",
-           "read": "read", "note": "note"}
-_BARS = 4  # nearest answers shown for a reading
 
 
 def write_html(path, scenes, title="Xura: what it saw, what it said, and why"):
@@ -85,7 +80,7 @@ def _card(story):
     return f"""<article class="{story.verdict}">
 <h2>{html.escape(story.question)}</h2>
 <p class="answer"><strong>{html.escape(story.answer)}</strong>
-<span class="badge">{percent(story.confidence)} {_WORDS[story.verdict]}</span>{mark}</p>
+<span class="badge">{percent(story.confidence)} {WORDS[story.verdict]}</span>{mark}</p>
 <div class="diagrams">
 {_confidence(story.readings)}
 {diagrams}
@@ -102,7 +97,7 @@ def _event(event):
     if event.amount is not None:
         width = 100 * min(event.amount, 1.0)
         text += f' <span class="amount"><span style="width:{width:.1f}%"></span></span>'
-    return f'<li class="{event.kind}"><span class="label">{_LABELS[event.kind]}</span> {text}</li>'
+    return f'<li class="{event.kind}"><span class="label">{LABELS[event.kind]}</span> {text}</li>'
 
 
 def _confidence(readings):
@@ -141,7 +136,7 @@ def _nearest(reading):
     if not reading.candidates:
         return ""
     rows = []
-    for label, similarity in reading.candidates[:_BARS]:
+    for label, similarity in reading.candidates[:BARS]:
         width = 100 * min(max(similarity, 0.0), 1.0)
         chosen = ' class="chosen"' if label == reading.answer else ""
         bar = f'<span style="width:{width:.1f}%"></span>'

@@ -11,6 +11,10 @@ from xuravljepa.image import read_rgb
 MAX_SIDE = 512  # pixels of a picture that is shown
 GUESS_ABOVE = 0.5  # p(wrong) above which an answer is shown as a guess
 DOUBT_ABOVE = 0.2
+BARS = 4  # nearest answers shown for a reading
+WORDS = {"sure": "sure", "doubt": "sure", "guess": "sure: a guess"}  # after the percentage
+LABELS = {"asked": "asked itself", "call": "called", "failed": "failed", "injected": "injected",
+          "read": "read", "note": "note"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -391,3 +391,45 @@ def test_an_outcome_is_frozen(registry):
     outcome = loop(Script([0.0]), registry).run("?")
     with pytest.raises(dataclasses.FrozenInstanceError):
         outcome.answer = "other"
+
+
+class Taking:
+    """Takes time on a clock of its own for whatever it is asked to do."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds = clock, seconds
+
+    def run(self, request, seconds):
+        self.clock.now += self.seconds
+        return ToolResult(request.tool, True, "late", "late", ms=1e3 * self.seconds)
+
+    def __call__(self, question):
+        self.clock.now += self.seconds
+        return "circle"
+
+
+def test_time_that_filling_the_arguments_took_counts():
+    clock = Clock()
+    with ToolRegistry() as tools:
+        tools.register(echo, isolation="inline", usefulness=SURE, arguments={"text": AskModel("what is it?")})
+        outcome = loop(Script([0.9]), tools, clock=clock).run("?", ask=Taking(clock, 20.0))
+    assert (outcome.reason, outcome.calls) == ("budget", [])
+
+
+def test_time_that_is_over_ends_the_search_before_the_next_tool_is_looked_for(registry):
+    clock = Clock()
+    outcome = loop(Script([0.9], clock=clock, read_seconds=20.0), registry, clock=clock).run("?")
+    assert outcome.reason == "budget"  # and not "no_tool"
+
+
+@pytest.mark.parametrize("seconds, reason", [(4.0, "max_depth"), (6.0, "budget")])
+def test_a_replay_stops_where_time_had_stopped_the_run(registry, seconds, reason):
+    clock = Clock()
+    config = RecursionConfig(budget=Budget(depth=3))
+    outcome = loop(Script([0.9]), registry, counter_arguments(), runner=Taking(clock, seconds), clock=clock,
+                   config=config).run("?")
+    replay = Replay(outcome.trace)
+    again = loop(Script([0.9]), registry, counter_arguments(), runner=replay, clock=replay.clock,
+                 config=config).run("?")
+    assert outcome.reason == again.reason == reason
+    assert again.trace == outcome.trace

@@ -223,3 +223,14 @@ def test_f1_of_boundaries():
     assert boundary_f1([10, 11], [10], tolerance=2) == pytest.approx(2 / 3)
     assert boundary_f1([], [5], tolerance=2) == 0.0
     assert boundary_f1([], [], tolerance=0) == 1.0
+
+
+def test_the_drift_is_that_of_the_concepts_and_not_of_the_noise():
+    rng = np.random.default_rng(0)
+    width, drifts = 512, []
+    for _ in range(60):
+        a, b = np.linalg.qr(rng.normal(size=(width, 2)))[0].T
+        means = np.concatenate([np.tile(a, (10, 1)), np.tile(0.5 * a + np.sqrt(0.75) * b, (40, 1))])
+        _, decodes = decode_all(means + 2.0 * rng.normal(size=means.shape) / np.sqrt(width))
+        drifts += [decode.drift for decode in decodes[1:]]
+    assert len(drifts) == 60 and np.mean(drifts) == pytest.approx(0.5, abs=0.04)
