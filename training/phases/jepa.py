@@ -3,13 +3,19 @@
 The loss is InfoNCE with unique targets and several positives (equal answers are one target), plus a
 small pull of the gates towards open.  Rows of tool questions teach two things: prices and sums of *known*
 keys by heart, and, where the result of a tool stands in the sequence, to read it and say what it says.
+
+A picture is expensive to read and cheap to ask about, so each sequence holds several turns: after the first
+answer, further questions are read from the state that is there,
+
+    [q1] [visual] ([TOOL]) [q1] [READ]   [q2] [READ]   [q3] [READ] …
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from training.phases.common import RowBatches, generator
+from training.phases.common import RowBatches, generator, image_key
+from xuracore import ops
 from xuravljepa.model import contrastive_loss
 from xuravljepa.tokenizer import PAD
 
@@ -26,15 +32,25 @@ class Example:
 class QuestionBatches:
     """Batches for phase 1, a pure function of (seed, step).
 
-    rows : Samples of the data set.   features : a FeatureStore over them, or None to give pixels.
-    told : share of the known tool rows that get the tool's text all the same.
-    rumour : share of the texts in which the tool says another number than the list: its word counts.
+    rows : Samples of the data set.   features : a FeatureStore over them.   turns : questions per picture
+    (fewer where pictures have fewer).   tool_share : share of the sequences whose first question is a tool
+    question.   told : share of the known tool rows that get the tool's text all the same.   rumour : share of
+    the texts in which the tool says another number than the list: its word counts.
     """
 
-    def __init__(self, model, rows, features, batch_size, seed=0, told=0.3, rumour=0.5, numbers=31):
-        self._model, self._features = model, features
-        self._batches = RowBatches([row for row in rows if row.answer is not None and row.query], batch_size, seed)
-        self._seed, self._told, self._rumour, self._numbers = seed, told, rumour, numbers
+    def __init__(self, model, rows, features, batch_size, seed=0, turns=4, tool_share=0.3, told=0.3, rumour=0.5,
+                 numbers=31):
+        self._model, self._features, self._seed = model, features, seed
+        self._tool_share, self._told, self._rumour, self._numbers = tool_share, told, rumour, numbers
+        plain, self._tools = {}, {}
+        for row in rows:
+            if row.query and row.answer is not None:
+                kind = plain if row.tool is None else self._tools
+                kind.setdefault(image_key(row), []).append(row)
+        self._plain = plain
+        counts = sorted(len(found) for found in plain.values())
+        self.turns = min(turns, counts[len(counts) // 2]) if counts else 1
+        self._batches = RowBatches(list(dict.fromkeys([*plain, *self._tools])), batch_size, seed)
 
     def __len__(self):
         return len(self._batches)
@@ -42,23 +58,37 @@ class QuestionBatches:
     def _example(self, row, rng):
         if row.tool is None:
             return Example(row, row.answer, None)
-        known = row.meta.get("known", False)
-        if known and rng.random() >= self._told:
+        if row.meta.get("known", False) and rng.random() >= self._told:
             return Example(row, row.answer, None)
         if row.answer.isdigit() and rng.random() < self._rumour:
             said = str(rng.integers(self._numbers))
             return Example(row, said, said)
         return Example(row, row.answer, str(row.tool["result"]))
 
+    def _rows(self, picture, rng):
+        """``turns`` different questions about a picture, a tool question first where one is drawn."""
+        plain, tools = self._plain.get(picture, []), self._tools.get(picture, [])
+        first = [tools[rng.integers(len(tools))]] if tools and (not plain or rng.random() < self._tool_share) else []
+        if not plain:
+            return [first[0]] * self.turns
+        order = rng.permutation(len(plain))
+        return (first + [plain[order[i % len(plain)]] for i in range(self.turns)])[: self.turns]
+
     def batch(self, step):
-        """{"query", "visual", "tool" (ids or None), "answers", "types"}."""
+        """A list of turns, each as ``collate`` gives it; only the first has "visual" and "tool"."""
         rng = generator(self._seed, 1, step)
-        examples = [self._example(row, rng) for row in self._batches.rows_of(step)]
-        return collate(self._model, examples, self._features)
+        by_picture = [self._rows(picture, rng) for picture in self._batches.rows_of(step)]
+        first = collate(self._model, [self._example(rows[0], rng) for rows in by_picture], self._features)
+        later = [collate(self._model, [Example(rows[turn], rows[turn].answer, None) for rows in by_picture], None)
+                 for turn in range(1, self.turns)]
+        return {"answers": [text for turn in (first, *later) for text in turn["answers"]], "turns": [first, *later]}
 
 
 def collate(model, examples, features):
-    """Examples → arrays for the predictor; rows without a tool's text have PAD there."""
+    """Examples → arrays for the predictor; rows without a tool's text have PAD there.
+
+    features : None where the pictures were seen in an earlier turn.
+    """
     tool = None
     told = [i for i, example in enumerate(examples) if example.tool is not None]
     if told:
@@ -67,20 +97,27 @@ def collate(model, examples, features):
         tool[told] = ids
     return {
         "query": model.query_tokens([example.row.query for example in examples]),
-        "visual": features([example.row for example in examples]),
+        "visual": None if features is None else features([example.row for example in examples]),
         "tool": tool,
         "answers": [example.answer for example in examples],
-        "types": [example.row.type for example in examples],
     }
 
 
 def loss_function(model, batch, rng=None, gate_weight=0.01):
-    """(loss, {"accuracy", "gate", "scale"}); accuracy is over the distinct answers of the batch."""
-    reading = model.predictor(batch["query"], batch["visual"], batch["tool"])
-    loss, hits = contrastive_loss(model, reading.embedding, batch["answers"])
-    metrics = {"accuracy": float(np.mean(hits)), "scale": model.scale, "nce": loss.item()}
-    if model.config.predictor.gates:
+    """(loss, metrics): "accuracy" over the known answers, "first" of the first turn alone, "gate", "scale"."""
+    first, *later = batch["turns"]
+    reading = model.predictor(first["query"], first["visual"], first["tool"])
+    gate = model.predictor.gate_activation()
+    predicted = [reading.embedding]
+    for turn in later:
+        reading = model.predictor.read(turn["query"], reading.states)
+        predicted.append(reading.embedding)
+    embedding = ops.concatenate(*predicted, axis=0) if later else predicted[0]
+    loss, hits = contrastive_loss(model, embedding, batch["answers"])
+    metrics = {"accuracy": float(np.mean(hits)), "first": float(np.mean(hits[: len(first["answers"])])),
+               "scale": model.scale}
+    if gate is not None:
         penalty = sum((layer.gate.regulariser() for layer in model.predictor.layers), start=0.0)
         loss = loss + penalty * (gate_weight / len(model.predictor.layers))
-        metrics["gate"] = float(np.mean(model.predictor.gate_activation()))
+        metrics["gate"] = float(np.mean(gate))
     return loss, metrics

@@ -1,0 +1,174 @@
+"""How good a model and its agent are on generated scenes, beside priors and controls.
+
+Everything here is measured on splits that no training touched: ``test`` scenes, ``ood`` scenes whose asked-
+about objects have held-out colour × shape pairs, ``corrupt`` ones, and tool keys of the pool ``test``.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from training import metrics
+from training.data.dataset import Dataset
+from training.data.priors import QuestionOnlyPrior
+from training.data.questions import RELATIONAL
+from training.phases import agent as phase
+from training.phases.common import FeatureStore
+from training.phases.jepa import Example, collate
+from xuracore import no_grad
+from xuravljepa.agent.recursion import RecursionConfig
+from xuravljepa.agent.tools import Usefulness
+
+KIND = {True: "relational", False: "non-relational"}
+
+
+@no_grad()
+def answers_of(model, rows, features, visual_of=None, batch_size=128):
+    """The model's answers (n,) to rows; ``visual_of`` (n,) indices takes other rows' pictures instead."""
+    model.forget_bank()
+    known, said = np.array(model.config.answers), []
+    for start in range(0, len(rows), batch_size):
+        chosen = rows[start : start + batch_size]
+        batch = collate(model, [Example(row, row.answer, None) for row in chosen], features)
+        if visual_of is not None:
+            batch["visual"] = features([rows[i] for i in visual_of[start : start + batch_size]])
+        embedding = model.predictor(batch["query"], batch["visual"]).embedding
+        said.append(known[model.similarities(embedding).argmax(axis=1)])
+    return np.concatenate(said)
+
+
+def by_type(rows, right):
+    """{type: (accuracy, count)}, with "relational" and "non-relational" over their questions."""
+    found = {}
+    for row, hit in zip(rows, right):
+        for name in (row.type, KIND[row.type in RELATIONAL]):
+            found.setdefault(name, []).append(hit)
+    return {name: (float(np.mean(hits)), len(hits)) for name, hits in sorted(found.items())}
+
+
+def scene_report(model, scenes=600, seed=0, report=None):
+    """Per type: accuracy, the question-only prior, shuffled pictures, held-out pairs, corrupted pictures."""
+    prior = QuestionOnlyPrior(Dataset.scenes("train", 8000, seed))
+    columns = {}
+    for split in ("test", "ood", "corrupt"):
+        rows = Dataset.scenes(split, scenes if split == "test" else scenes // 2, seed).rows
+        features = FeatureStore(model, rows, report=report)
+        truth = np.array([row.answer for row in rows])
+        columns[split] = by_type(rows, answers_of(model, rows, features) == truth)
+        if split == "test":
+            guessed = np.array([prior.answer(row.query, row.type) for row in rows])
+            columns["prior"] = by_type(rows, guessed == truth)
+            other = np.random.default_rng(seed).permutation(len(rows))
+            columns["shuffled"] = by_type(rows, answers_of(model, rows, features, other) == truth)
+            worded = Dataset.scenes("test", scenes // 2, seed, templates="paraphrase").rows
+            columns["paraphrase"] = by_type(
+                worded, answers_of(model, worded, features) == np.array([row.answer for row in worded]))
+    return {name: {column: values[name] for column, values in columns.items() if name in values}
+            for name in columns["test"]}
+
+
+def doubt_report(model, heads, scenes=500, seed=0, report=None):
+    """The monitor on test scenes and test keys: AUROC, ECE, coverage at risks, beside max-softmax."""
+    plain = Dataset.scenes("test", scenes, seed).rows
+    plain = plain[:: max(1, len(plain) // (6 * scenes))]
+    rows = [*plain, *Dataset.tools("test", scenes, seed, pools=("known", "test")).rows]
+    features = FeatureStore(model, rows, report=report)
+    found = phase.gather_readings(model, heads, rows, features, inject=False)
+    wrong, p = found["wrong"], heads.monitor.p_wrong(found["features"])
+    tool = np.array([rows[i].tool is not None for i in found["row"]])
+    result = {"questions": len(rows), "wrong": float(wrong.mean())}
+    for name, chosen in (("all", slice(None)), ("plain", ~tool), ("tool", tool)):
+        right = 1 - wrong[chosen]
+        result[name] = {"wrong": float(wrong[chosen].mean())}
+        for judge, doubt in (("monitor", p[chosen]), ("max_softmax", 1 - found["top"][chosen])):
+            result[name][judge] = {
+                "auroc": metrics.auroc(doubt, wrong[chosen]),
+                "ece": metrics.expected_calibration_error(np.clip(1 - doubt, 0, 1), right),
+                "coverage_at_1_percent_risk": metrics.coverage_at_risk(1 - doubt, right, 0.01),
+            }
+    strange = phase.strange_readings(model, heads, plain, 200, seed + 1)
+    result["strange_pictures_called_unsure"] = float(
+        (heads.monitor.p_wrong(strange) > heads.config.abstain_above).mean())
+    return result
+
+
+def tool_report(agent, scenes=300, seed=0, report=None):
+    """Tool questions, known and unseen keys in one template, through the agent itself.
+
+    Accuracy without tools, gated, always, and with an oracle gate; harm; arguments filled exactly.
+    """
+    rows = Dataset.tools("test", scenes, seed, pools=("known", "test")).rows
+    eager = RecursionConfig(0.0, agent.recursion.abstain_above, budget=agent.recursion.budget)
+    alone, gated, always, called, exact = [], [], [], [], []
+    for i, row in enumerate(rows):
+        data = Dataset("one", [row])[0]
+        reply = agent.ask(data.image, row.query)
+        alone.append(reply.trace.steps[0].answer == row.answer)
+        gated.append(reply.answer == row.answer)
+        called.append(bool(reply.tool_calls))
+        with _settings(agent, eager):
+            forced = agent.ask(data.image, row.query)
+        final = forced.trace.readings()[-1].answer if forced.tool_calls else forced.answer
+        always.append(final == row.answer)
+        if forced.tool_calls:
+            exact.append(forced.tool_calls[0]["result"] == str(row.tool["result"]))
+        if report is not None:
+            report(i + 1, len(rows))
+    alone, gated, always, called = (np.array(x) for x in (alone, gated, always, called))
+    known = np.array([row.meta["known"] for row in rows])
+    result = {"questions": len(rows), "results_exact": float(np.mean(exact)) if exact else float("nan")}
+    for name, chosen in (("all", slice(None)), ("known", known), ("unseen", ~known)):
+        a, g, f, c = alone[chosen], gated[chosen], always[chosen], called[chosen]
+        result[name] = {"without_tools": float(a.mean()), "gated": float(g.mean()), "always": float(f.mean()),
+                        "oracle_gate": float((a | f).mean()), "calls": float(c.mean()),
+                        "harm": float((c & a & ~g).mean())}
+    return result
+
+
+class _settings:
+    """Inside, the agent calls a tool whenever one applies."""
+
+    def __init__(self, agent, recursion):
+        self.agent, self.recursion = agent, recursion
+
+    def __enter__(self):
+        self.kept = self.agent.recursion
+        self.tools = dict(self.agent.tools._tools)
+        self.agent.recursion = self.recursion
+        for name, tool in self.tools.items():
+            self.agent.tools._tools[name] = dataclasses.replace(tool, usefulness=Usefulness(1.0, 0.0, 0.0))
+
+    def __exit__(self, *_):
+        self.agent.recursion = self.kept
+        self.agent.tools._tools.update(self.tools)
+
+
+def injection_report(model, heads, scenes=200, seed=0, batches=8):
+    """Held-out tool questions: explained variance, and accuracy of each way to take in a result.
+
+    without: nothing told; token: the result read as text; the heads' own mode.  Numbers told are random half
+    of the time, and keys are of the test pool.
+    """
+    rows = Dataset.tools("test", scenes, seed, pools=("test",)).rows
+    plain = Dataset.scenes("test", max(scenes // 8, 4), seed).rows
+    features = FeatureStore(model, [*rows, *plain])
+    held = phase.InjectionBatches(model, rows, plain, features, 64, seed + 11)
+    objective = phase.injection_objective(model, heads.config.cards)
+    found, without, token = [], [], []
+    with no_grad():
+        for step in range(batches):
+            batch = held.batch(step)
+            found.append(objective(heads, batch)[1])
+            told = len(batch["said"])
+            query, visual = batch["query"][:told], batch["visual"][:told]
+            truth = np.array(batch["answers"])
+            known = np.array(model.config.answers)
+            for kept, tool in ((without, None), (token, model.tool_tokens(batch["said"]))):
+                embedding = model.predictor(query, visual, tool).embedding
+                kept.append((known[model.similarities(embedding).argmax(axis=1)] == truth).mean())
+    mean = {name: float(np.mean([values[name] for values in found])) for name in found[0]}
+    result = {"mode": heads.config.injector.mode, "accuracy": mean["answer"], "token": float(np.mean(token)),
+              "without": float(np.mean(without)), "tool_selection": mean["tool"]}
+    if "explained" in mean:
+        result.update(explained_variance=mean["explained"], state_change=mean["change"])
+    return result
