@@ -172,6 +172,37 @@ class VLJEPA(nn.Module):
         return model.eval()
 
 
+def parameter_counts(config):
+    """{part: number of parameters} of a VLJEPAConfig of any size, without the memory of such a model.
+
+    A model with one layer per stack is built from zeros; the layers that it lacks are copies of that one.
+    """
+    depths = {"x_encoder": config.vision.depth, "predictor": config.predictor.n_layers,
+              "y_encoder": config.text.n_layers, "y_decoder": config.decoder.n_layers}
+    flat = config.replace(
+        vision=config.vision.replace(depth=1), predictor=config.predictor.replace(n_layers=1),
+        text=config.text.replace(n_layers=1), decoder=config.decoder.replace(n_layers=1))
+    counts = {}
+    for name, parameter in VLJEPA(flat, rng=_Zeros()).named_parameters():
+        part, _, rest = name.partition(".")
+        copies = depths[part] if rest.startswith(("layers.", "blocks.")) else 1
+        counts[part] = counts.get(part, 0) + copies * parameter.size
+    return counts
+
+
+class _Zeros:
+    """Stands for a random generator where only shapes count."""
+
+    def uniform(self, low, high, shape):
+        return np.zeros(shape)
+
+    def standard_normal(self, shape):
+        return np.zeros(shape)
+
+    def random(self, shape):
+        return np.zeros(shape)
+
+
 def _padded(rows):
     ids = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
     for row, line in zip(rows, ids):

@@ -35,7 +35,7 @@ class VLJEPAConfig(Config):
 
     @classmethod
     def tiny(cls):
-        """About 1.6 M parameters: learns generated scenes on two cores within the hour."""
+        """About 1.1 M parameters: learns generated scenes on two cores within the hour."""
         return cls(
             vision=VitConfig.tiny(),
             predictor=PredictorConfig(d_model=96, n_layers=4, d_state=32, headdim=32, vision_dim=96, query_dim=64,

@@ -50,7 +50,7 @@ def main(arguments=None):
 
 def _parser():
     parser = argparse.ArgumentParser(
-        prog="make_data.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="scenes",
                         help="scenes: questions about what is seen (default); tools: questions that need a "
                              "price list or a sum; stream: frame sequences with events")
