@@ -6,6 +6,7 @@ Parameters have timm's names.  Weights saved by timm or by Hugging Face's ViT (t
 and the names newer versions write) are recognised by their names; see ``canonical_state``.
 """
 
+import functools
 import math
 import re
 from dataclasses import dataclass
@@ -14,9 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from xuracore import io, nn, ops
-from xuracore.config import Config, require
+from xuracore.config import Config, require, require_positive
 from xuracore.errors import FormatError, ShapeError
 from xuracore.nn import init
+
+ACTIVATIONS = {
+    "gelu": ops.gelu,
+    "gelu_tanh": functools.partial(ops.gelu, approximate="tanh"),
+    "relu": ops.relu,
+    "silu": ops.silu,
+}
 
 
 @dataclass(frozen=True)
@@ -30,8 +38,15 @@ class VitConfig(Config):
     n_heads: int = 12
     mlp_ratio: float = 4.0
     norm_eps: float = 1e-6  # timm; Hugging Face's ViT uses 1e-12
+    qkv_bias: bool = True
+    activation: str = "gelu"  # the exact one; others: see ACTIVATIONS
 
     def __post_init__(self):
+        require_positive(self, "image_size", "patch_size", "d_model", "depth", "n_heads")
+        require(self.mlp_ratio > 0 and self.norm_eps > 0,
+                f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
+        require(self.activation in ACTIVATIONS,
+                f"activation is {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
         require(self.image_size % self.patch_size == 0,
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         require(self.d_model % self.n_heads == 0,
@@ -39,7 +54,20 @@ class VitConfig(Config):
 
     @property
     def n_patches(self):
+        """Patches of an image of ``image_size``."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def hidden(self):
+        """Width inside the MLPs."""
+        return round(self.d_model * self.mlp_ratio)
+
+    @property
+    def parameter_count(self):
+        """Parameters of a model of these sizes, by arithmetic."""
+        d, h = self.d_model, self.hidden
+        block = 4 * d * d + d + 3 * d * self.qkv_bias + 2 * d * h + h + d + 4 * d
+        return d + (1 + self.n_patches) * d + d * (3 * self.patch_size**2 + 1) + self.depth * block + 2 * d
 
     @classmethod
     def tiny(cls):
@@ -60,9 +88,9 @@ class VitConfig(Config):
 class Attention(nn.Module):
     """Multi-head self-attention; ``qkv`` rows are queries, keys, values."""
 
-    def __init__(self, dim, n_heads, *, rng):
+    def __init__(self, dim, n_heads, qkv_bias, *, rng):
         self.n_heads = n_heads
-        self.qkv = nn.Linear(dim, 3 * dim, rng=rng)
+        self.qkv = nn.Linear(dim, 3 * dim, qkv_bias, rng=rng)
         self.proj = nn.Linear(dim, dim, rng=rng)
 
     def forward(self, x):
@@ -74,14 +102,15 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU (exact), linear."""
+    """Linear, activation, linear."""
 
-    def __init__(self, dim, hidden, *, rng):
+    def __init__(self, dim, hidden, activation, *, rng):
+        self._activation = ACTIVATIONS[activation]
         self.fc1 = nn.Linear(dim, hidden, rng=rng)
         self.fc2 = nn.Linear(hidden, dim, rng=rng)
 
     def forward(self, x):
-        return self.fc2(ops.gelu(self.fc1(x)))
+        return self.fc2(self._activation(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -90,9 +119,9 @@ class Block(nn.Module):
     def __init__(self, config, *, rng):
         dim = config.d_model
         self.norm1 = nn.LayerNorm(dim, config.norm_eps)
-        self.attn = Attention(dim, config.n_heads, rng=rng)
+        self.attn = Attention(dim, config.n_heads, config.qkv_bias, rng=rng)
         self.norm2 = nn.LayerNorm(dim, config.norm_eps)
-        self.mlp = Mlp(dim, round(dim * config.mlp_ratio), rng=rng)
+        self.mlp = Mlp(dim, config.hidden, config.activation, rng=rng)
 
     def forward(self, x):
         x = x + self.attn(self.norm1(x))
@@ -135,7 +164,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(config.patch_size, dim, rng=rng)
         self.blocks = nn.ModuleList(Block(config, rng=rng) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.norm_eps)
-        for depth, block in enumerate(self.blocks, 1):  # residual branches start small, as in the JEPA repositories
+        for depth, block in enumerate(self.blocks, 1):  # branches start small, as in the JEPA repositories
             block.attn.proj.weight.data /= math.sqrt(2 * depth)
             block.mlp.fc2.weight.data /= math.sqrt(2 * depth)
 
@@ -143,11 +172,12 @@ class VisionTransformer(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ShapeError(f"pixels have shape {pixels.shape}; expected (batch, 3, height, width)")
         p = self.config.patch_size
-        if pixels.shape[2] % p or pixels.shape[3] % p:
-            raise ShapeError(f"image of {pixels.shape[2]} × {pixels.shape[3]} pixels; both must be multiples of {p}")
+        height, width = pixels.shape[2:]
+        if height % p or width % p or not height or not width:
+            raise ShapeError(f"image of {height} × {width} pixels; both must be positive multiples of {p}")
         x = self.patch_embed(pixels)
         cls = ops.broadcast_to(self.cls_token, shape=(x.shape[0], 1, x.shape[2]))
-        x = ops.concatenate(cls, x, axis=1) + self._positions(pixels.shape[2] // p, pixels.shape[3] // p)
+        x = ops.concatenate(cls, x, axis=1) + self._positions(height // p, width // p)
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
@@ -163,15 +193,25 @@ class VisionTransformer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Read a folder holding ``config.json`` and ``model.safetensors`` of a ViT, ours, timm's or Hugging Face's.
+        """Read a folder with ``config.json`` and ``model.safetensors``, ours, timm's or Hugging Face's.
 
-        Raises FormatError for damaged or foreign files, StateDictError if names or shapes do not fit.
+        Raises FormatError for damaged or foreign files, ConfigError for settings that no ViT has,
+        StateDictError if names or shapes do not fit.
         """
         directory = Path(directory)
-        state = canonical_state(io.load_safetensors(directory / "model.safetensors"))
+        state = io.load_safetensors(directory / "model.safetensors")
         settings = io.load_json(directory / "config.json") if (directory / "config.json").exists() else {}
-        model = cls(config_of(state, settings))
-        model.load_state_dict(state)
+        try:
+            canonical = canonical_state(state)
+            config = config_of(canonical, settings, any("layernorm_before" in name for name in state))
+        except FormatError as error:
+            raise FormatError(error.reason, directory, error.entry) from None
+        stored = sum(array.size for array in canonical.values())
+        if config.parameter_count > 2 * stored:  # before a hostile shape asks for all memory
+            raise FormatError(f"the shapes are those of {config.parameter_count:,} parameters, "
+                              f"but it holds {stored:,}", directory / "model.safetensors")
+        model = cls(config)
+        model.load_state_dict(canonical)
         return model
 
     def save_pretrained(self, directory):
@@ -199,7 +239,10 @@ def sine_positions(side, dim):
 
 
 def bicubic_matrix(old, new):
-    """(new, old) float32: cubic convolution with a = -0.75, half-pixel centres, clamped borders, no antialias."""
+    """(new, old) float32: resampling of ``old`` places to ``new``.
+
+    Cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, clamped borders, no antialias.
+    """
     a = -0.75
     centres = (np.arange(new) + 0.5) * old / new - 0.5
     first = np.floor(centres).astype(int)
@@ -214,14 +257,16 @@ def bicubic_matrix(old, new):
 
 
 # ---------------------------------------------------------------------- names in other people's files
-_PREFIX = re.compile(r"^(?:module\.|vit\.|backbone\.|visual\.trunk\.|vision_encoder\.)+")
+_PREFIX = re.compile(r"^(?:module\.|vit\.|backbone\.|visual\.trunk\.|vision_encoder\.|"
+                     r"encoder\.(?=cls_token|pos_embed|patch_embed|blocks\.|norm\.))+")
 _ALIASES = [
     (r"embeddings\.cls_token", "cls_token"),
     (r"embeddings\.position_embeddings", "pos_embed"),
     (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
     (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_before\.(weight|bias)", r"blocks.\1.norm1.\2"),
     (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_after\.(weight|bias)", r"blocks.\1.norm2.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)", r"blocks.\1.attn.\2.\3"),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)",
+     r"blocks.\1.attn.\2.\3"),
     (r"layers\.(\d+)\.attention\.q_proj\.(weight|bias)", r"blocks.\1.attn.query.\2"),
     (r"layers\.(\d+)\.attention\.k_proj\.(weight|bias)", r"blocks.\1.attn.key.\2"),
     (r"layers\.(\d+)\.attention\.v_proj\.(weight|bias)", r"blocks.\1.attn.value.\2"),
@@ -233,11 +278,15 @@ _ALIASES = [
     (r"layernorm\.(weight|bias)", r"norm.\1"),
 ]
 _IGNORED = re.compile(r"^(head|classifier|pooler|fc_norm)\.|mask_token$")
-_FOREIGN = {
-    r"norm_pre\.|ln_pre\.|visual\.conv1": "a CLIP tower",
+_FOREIGN = {  # the first that any name matches
     r"attn_pool\.|vision_model\.head\.": "a SigLIP tower",
+    r"norm_pre\.|ln_pre\.|pre_layrnorm\.|visual\.conv1|^vision_model\.|^text_model\.": "a CLIP tower",
     r"weights_in|mlp\.w12|mlp\.w3": "a DINOv2 model with SwiGLU",
-    r"rope|patch_embeddings\.proj\.": "a model with rotary positions (EVA or V-JEPA 2)",
+    r"rope|fc1_g|inner_attn_ln|attn\.q_bias|attn\.[qkv]_proj\.": "an EVA model",
+    r"patch_embeddings\.proj\.": "a V-JEPA 2 model",
+    r"layer_scale|\.ls[12]\.|register_tokens|reg_token": "a DINOv2 model (layer scale or registers)",
+    r"attn\.[qk]_norm\.": "a model that normalises queries and keys",
+    r"cls_pos_embed|dist_token|relative_position": "a DeiT, BEiT or similar model",
 }
 
 
@@ -246,11 +295,12 @@ def canonical_state(state):
 
     state : {name: array} as read.  Raises FormatError naming the family if it is no plain ViT.
     """
-    renamed, parts = {}, {}
-    for name, array in state.items():
-        for pattern, family in _FOREIGN.items():
+    for pattern, family in _FOREIGN.items():
+        for name in state:
             if re.search(pattern, name):
                 raise FormatError(f"this is {family}, which is not a plain Vision Transformer", entry=name)
+    renamed, parts = {}, {}
+    for name, array in state.items():
         short = _PREFIX.sub("", name)
         if _IGNORED.search(short):
             continue
@@ -262,26 +312,58 @@ def canonical_state(state):
         joined = re.fullmatch(r"(blocks\.\d+\.attn\.)(query|key|value)(\.weight|\.bias)", short)
         if joined:
             parts.setdefault(joined[1] + "qkv" + joined[3], {})[joined[2]] = array
+        elif short in renamed:
+            raise FormatError(f"there are two tensors for {short!r}", entry=name)
         else:
             renamed[short] = array
     for name, pieces in parts.items():
         if set(pieces) != {"query", "key", "value"}:
             raise FormatError(f"has only {sorted(pieces)} of query, key and value", entry=name)
+        if len({piece.shape for piece in pieces.values()}) != 1 or name in renamed:
+            raise FormatError("query, key and value differ in shape, or are there twice", entry=name)
         renamed[name] = np.concatenate([pieces["query"], pieces["key"], pieces["value"]])
     return renamed
 
 
-def config_of(state, settings):
-    """VitConfig from the tensors' shapes; heads and epsilon, which no shape shows, from ``config.json``."""
+# Published widths whose number of heads is known; what no tensor's shape shows.
+_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
+_ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
+
+
+def config_of(state, settings, hugging_face=False):
+    """VitConfig from the shapes; from ``config.json`` what no shape shows: heads, epsilon, activation.
+
+    state : {timm's name: array}.   settings : ours, timm's or Hugging Face's, may be empty.
+    hugging_face : whether the names were Hugging Face's, whose default epsilon is 1e-12.
+    """
+    if not isinstance(settings, dict):
+        raise FormatError(f"config.json holds a {type(settings).__name__}, not an object")
     try:
         dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        side = math.isqrt(state["pos_embed"].shape[1] - 1)
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        _, places, _ = state["pos_embed"].shape
+        hidden, _ = state["blocks.0.mlp.fc1.weight"].shape
     except (KeyError, ValueError) as error:
         raise FormatError(f"these are not the tensors of a Vision Transformer: {error}") from None
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    heads = settings.get("n_heads", settings.get("num_attention_heads", settings.get("num_heads", max(dim // 64, 1))))
-    hugging_face = "num_attention_heads" in settings
-    eps = settings.get("norm_eps", settings.get("layer_norm_eps", 1e-12 if hugging_face else 1e-6))
-    return VitConfig(image_size=side * patch, patch_size=patch, d_model=dim, depth=depth, n_heads=heads,
-                     mlp_ratio=hidden / dim, norm_eps=eps)
+    said = settings.get("model_args") or {}  # timm writes there what differs from the architecture's default
+    said = {**settings, **said} if isinstance(said, dict) else settings
+
+    def first(*names, default):
+        return next((said[name] for name in names if name in said), default)
+
+    heads = first("n_heads", "num_attention_heads", "num_heads", default=_HEADS.get(dim))
+    if heads is None:
+        raise FormatError(f"config.json does not say how many heads share {dim} features (num_attention_heads)")
+    activation = first("activation", "hidden_act", default="gelu")
+    if isinstance(activation, str):
+        activation = _ACTIVATION_NAMES.get(activation, activation)
+    return VitConfig.from_dict({
+        "image_size": math.isqrt(max(places - 1, 0)) * patch,
+        "patch_size": patch,
+        "d_model": dim,
+        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
+        "n_heads": heads,
+        "mlp_ratio": hidden / dim,
+        "norm_eps": first("norm_eps", "layer_norm_eps", default=1e-12 if hugging_face else 1e-6),
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+        "activation": activation,
+    })
