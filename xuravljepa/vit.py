@@ -352,7 +352,7 @@ def config_of(state, settings, hugging_face=False):
 
     heads = first("n_heads", "num_attention_heads", "num_heads", default=_HEADS.get(dim))
     if heads is None:
-        raise FormatError(f"config.json does not say how many heads share {dim} features (num_attention_heads)")
+        raise FormatError(f"config.json names no number of heads (num_attention_heads) for {dim} features")
     activation = first("activation", "hidden_act", default="gelu")
     if isinstance(activation, str):
         activation = _ACTIVATION_NAMES.get(activation, activation)

@@ -41,8 +41,8 @@ class Module:
             items = value.values() if isinstance(value, dict) else value
             if any(isinstance(item, (Module, Parameter)) for item in items):
                 raise DTypeError(
-                    f"{type(self).__name__}.{name} is a {type(value).__name__} of modules or parameters; they "
-                    "would be neither trained nor saved: use ModuleList, or a name that begins with '_'"
+                    f"{type(self).__name__}.{name} is a {type(value).__name__} of modules or parameters, "
+                    "which nobody would train or save: use ModuleList, or a name that begins with '_'"
                 )
         super().__setattr__(name, value)
 
