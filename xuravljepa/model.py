@@ -16,7 +16,7 @@ from xuravljepa.decoder import Decoder
 from xuravljepa.predictor import Predictor
 from xuravljepa.presets import PRESETS, VLJEPAConfig
 from xuravljepa.text import TextEncoder
-from xuravljepa.tokenizer import PAD, SEP, TOOL, ByteTokenizer
+from xuravljepa.tokenizer import PAD, SEP, TOOL, WORD_BYTES, ByteTokenizer, pad_rows
 from xuravljepa.vit import VisionTransformer
 
 CAPTION_QUERY = "what is in the image?"
@@ -45,23 +45,26 @@ class VLJEPA(nn.Module):
         return images.load(image, size, self.config.mean, self.config.std)[None]
 
     def query_tokens(self, questions):
-        """Texts → (B, L) ids padded with PAD.
+        """Texts → (B, W, P) bytes of their words, padded with PAD.
 
         Raises ShapeError for a question that is too long or empty, DTypeError for one that is no text.
         """
+        rows = []
         for question in questions:
             if not isinstance(question, str):
                 raise DTypeError(f"a question is a text, got {type(question).__name__}")
-            if not question.strip():
+            words = self._tokenizer.words(question.lower(), self.config.predictor.max_query)
+            if not len(words):
                 raise ShapeError("the question is empty")
-        ids = [self._tokenizer.encode(question.strip().lower(), self.config.predictor.max_query)
-               for question in questions]
-        return _padded(ids)
+            rows.append(words)
+        return _padded_words(rows)
 
     def tool_tokens(self, results):
-        """Texts of tool results → (B, L) ids: TOOL, the bytes, SEP."""
-        return _padded([[TOOL, *self._tokenizer.encode(text, self.config.predictor.max_query), SEP]
-                        for text in results])
+        """Texts of tool results → (B, W, P): TOOL, the bytes of the words, SEP."""
+        first, last = pad_rows([[TOOL]], WORD_BYTES), pad_rows([[SEP]], WORD_BYTES)
+        limit = self.config.predictor.max_query
+        return _padded_words([np.concatenate([first, self._tokenizer.words(text.lower(), limit), last])
+                              for text in results])
 
     @no_grad()
     def visual_tokens(self, pixels):
@@ -203,10 +206,11 @@ class _Zeros:
         return np.zeros(shape)
 
 
-def _padded(rows):
-    ids = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
-    for row, line in zip(rows, ids):
-        line[: len(row)] = row
+def _padded_words(rows):
+    """Arrays (words, P) → (B, W, P), padded with PAD."""
+    ids = np.full((len(rows), max(map(len, rows)), WORD_BYTES), PAD, np.int64)
+    for row, page in zip(rows, ids):
+        page[: len(row)] = row
     return ids
 
 

@@ -21,7 +21,7 @@ from xuracore.config import Config, require
 from xuracore.nn import init
 from xuravljepa import angn
 from xuravljepa.layer import Layer
-from xuravljepa.tokenizer import PAD
+from xuravljepa.tokenizer import PAD, WORD_BYTES
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,30 @@ class PredictorConfig(Config):
     embed_dim: int = 1536
     n_read: int = 4
     gates: bool = True
-    max_query: int = 512  # tokens of a question; longer ones are refused
+    max_query: int = 512  # words and marks of a question; longer ones are refused
     norm_eps: float = 1e-5
 
     def __post_init__(self):
         require(self.n_read >= 1, f"n_read is {self.n_read}; at least one READ token is needed")
         require(self.d_model * self.expand % self.headdim == 0,
                 f"expand × d_model = {self.d_model * self.expand} is not a multiple of headdim {self.headdim}")
+
+
+class WordEmbedding(nn.Module):
+    """Words as sums of their bytes: Σ_p byte[id_p] ∘ place[p].
+
+    ids (B, W, P) bytes of W words, padded with PAD → (B, W, dim).  One token a word keeps sequences short;
+    the place vectors tell "red" from "der", and no word is outside the vocabulary.
+    byte (vocabulary, dim), place (P, dim): random signs at the start.
+    """
+
+    def __init__(self, vocab_size, width, dim, *, rng):
+        self.byte = nn.Parameter(init.normal((vocab_size, dim), rng, 0.5))
+        self.place = nn.Parameter(np.where(rng.random((width, dim)) < 0.5, -1, 1).astype(np.float32))
+
+    def forward(self, ids):
+        real = (ids != PAD)[..., None].astype(self.byte.dtype)
+        return (ops.embedding(self.byte, ids) * real * self.place).sum(axis=2)
 
 
 class Reading(NamedTuple):
@@ -62,7 +79,7 @@ class Predictor(nn.Module):
     def __init__(self, config, *, rng):
         self.config = config
         d = config.d_model
-        self.token_embedding = nn.Embedding(config.vocab_size, config.query_dim, rng=rng, std=1.0)
+        self.token_embedding = WordEmbedding(config.vocab_size, WORD_BYTES, config.query_dim, rng=rng)
         self.query_proj = nn.Linear(config.query_dim, d, rng=rng)
         self.vision_proj = nn.Linear(config.vision_dim, d, rng=rng)
         self.read_tokens = nn.Parameter(init.normal((config.n_read, d), rng, 1.0))
@@ -72,9 +89,9 @@ class Predictor(nn.Module):
 
     # ------------------------------------------------------------------ segments: (tokens, mask, modality)
     def _query(self, ids, modality=angn.QUERY):
-        """ids (B, L) padded with PAD → tokens (B, L, d), mask, modality of each position."""
+        """ids (B, W, P) padded with PAD → tokens (B, W, d), mask, modality of each position."""
         tokens = self.query_proj(self.token_embedding(ids))
-        return tokens, ids != PAD, np.full(ids.shape[1], modality)
+        return tokens, ids[:, :, 0] != PAD, np.full(ids.shape[1], modality)
 
     def _visual(self, visual):
         tokens = self.vision_proj(visual)
@@ -114,8 +131,8 @@ class Predictor(nn.Module):
     def forward(self, query, visual=None, tool=None):
         """The whole sequence at once.
 
-        query (B, Lq) byte tokens padded with PAD; visual (B, n, vision_dim) or None (text only);
-        tool (B, Lt) tokens of a tool's result, or None.  Returns a :class:`Reading`.
+        query (B, W, P) the bytes of its words, padded with PAD; visual (B, n, vision_dim) or None (text
+        only); tool (B, W', P) the words of a tool's result, or None.  Returns a :class:`Reading`.
         """
         segments = [self._query(query)]
         if visual is not None:
@@ -131,7 +148,7 @@ class Predictor(nn.Module):
         return self.run(segments, states)[1]
 
     def hear(self, tool, states):
-        """The tokens (B, L) of a tool's result read after ``states`` → the states after it."""
+        """The words (B, W, P) of a tool's result read after ``states`` → the states after it."""
         return self.run([self._query(tool, angn.TOOL)], states)[1]
 
     def read(self, query, states, bias=None, bias_layer=None):

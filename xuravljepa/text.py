@@ -5,12 +5,10 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from xuracore import nn, ops
 from xuracore.config import Config
 from xuravljepa.layer import Layer
-from xuravljepa.tokenizer import EOS, PAD, ByteTokenizer
+from xuravljepa.tokenizer import EOS, PAD, ByteTokenizer, pad_rows
 
 
 @dataclass(frozen=True)
@@ -51,10 +49,7 @@ class TextEncoder(nn.Module):
     def tokens(self, texts):
         """ids (n, L) of texts, each followed by EOS; ShapeError where one exceeds ``max_length``."""
         rows = [[*self._tokenizer.encode(text, self.config.max_length - 1), EOS] for text in texts]
-        ids = np.full((len(rows), max(map(len, rows))), PAD, np.int64)
-        for row, line in zip(rows, ids):
-            line[: len(row)] = row
-        return ids
+        return pad_rows(rows)
 
     def encode(self, texts):
         """A list of texts → (n, embed_dim).  Raises ShapeError where one is longer than ``max_length``."""

@@ -3,6 +3,8 @@
 Ids 0–255 are the bytes of UTF-8; the special tokens follow, and ``UNUSED`` pads the table to a multiple of
 eight rows.
 """
+import re
+
 import numpy as np
 
 from xuracore.errors import DTypeError, ShapeError
@@ -10,6 +12,19 @@ from xuracore.errors import DTypeError, ShapeError
 PAD, BOS, EOS, SEP, IMG, TOOL, READ, UNUSED = range(256, 264)
 VOCABULARY_SIZE = 264
 SPECIAL_NAMES = ("PAD", "BOS", "EOS", "SEP", "IMG", "TOOL", "READ", "UNUSED")
+
+
+WORD_BYTES = 12  # bytes of a word that become one token
+_WORD = re.compile(r"\w+|[^\w\s]")
+
+
+def pad_rows(rows, width=None):
+    """Lists of ids → int64 (len(rows), width), padded with PAD; width defaults to the longest."""
+    width = max(map(len, rows), default=0) if width is None else width
+    ids = np.full((len(rows), width), PAD, np.int64)
+    for row, line in zip(rows, ids):
+        line[:len(row)] = row
+    return ids
 
 
 class ByteTokenizer:
@@ -51,6 +66,25 @@ class ByteTokenizer:
         for row, line in zip(rows, ids):
             line[:len(row)] = row
         return ids
+
+    def words(self, text, max_words=None, width=WORD_BYTES):
+        """The bytes of a text word by word, int64 (words, width), each row padded with PAD.
+
+        A word is a run of letters and digits, or one other mark; blanks separate.  One longer than ``width``
+        bytes takes several rows.  Raises DTypeError when ``text`` is not a string, ShapeError when there are
+        more than ``max_words`` rows.
+        """
+        if not isinstance(text, str):
+            raise DTypeError(f"expected a string to encode, got {type(text).__name__}")
+        rows = []
+        for word in _WORD.findall(text):
+            ids = list(word.encode("utf-8", errors="replace"))
+            rows += [ids[start:start + width] for start in range(0, len(ids), width)]
+        if max_words is not None and len(rows) > max_words:
+            shown = text if len(text) <= 60 else text[:57] + "..."
+            raise ShapeError(f"the text has {len(rows)} words and marks, the limit is {max_words}: {shown!r}; "
+                             "shorten it or raise the limit")
+        return pad_rows(rows, width)
 
     def decode(self, ids):
         """The text of a sequence of ids, up to the first EOS; other special tokens are left out.

@@ -12,7 +12,7 @@ import numpy as np
 from training.phases.common import RowBatches, generator
 from training.phases.jepa import Example, collate
 from xuracore import no_grad
-from xuravljepa.tokenizer import BOS, EOS, PAD, ByteTokenizer
+from xuravljepa.tokenizer import BOS, EOS, ByteTokenizer, pad_rows
 
 
 @no_grad()
@@ -63,11 +63,7 @@ class AnswerBatches:
 def answer_tokens(answers):
     """(B, L) ids, BOS … EOS, padded with PAD."""
     tokenizer = ByteTokenizer()
-    ids = [[BOS, *tokenizer.encode(text), EOS] for text in answers]
-    out = np.full((len(ids), max(map(len, ids))), PAD, np.int64)
-    for row, line in zip(ids, out):
-        line[: len(row)] = row
-    return out
+    return pad_rows([[BOS, *tokenizer.encode(text), EOS] for text in answers])
 
 
 def loss_function(model, batch, rng=None, label_smoothing=0.0):

@@ -93,7 +93,7 @@ def collate(model, examples, features):
     told = [i for i, example in enumerate(examples) if example.tool is not None]
     if told:
         ids = model.tool_tokens([examples[i].tool for i in told])
-        tool = np.full((len(examples), ids.shape[1]), PAD, np.int64)
+        tool = np.full((len(examples), *ids.shape[1:]), PAD, np.int64)
         tool[told] = ids
     return {
         "query": model.query_tokens([example.row.query for example in examples]),
