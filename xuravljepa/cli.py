@@ -31,10 +31,14 @@ _MISUSE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionE
 
 
 def main(argv=None):
-    """Run one command; returns the exit code.  Mistakes of the caller's are one line on stderr."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Run one command; returns the exit code."""
+    return guard(_run, sys.argv[1:] if argv is None else list(argv))
+
+
+def guard(run, argv):
+    """The exit code of ``run(argv)``, where mistakes of the caller's are one line on stderr."""
     try:
-        return _run(argv)
+        return run(argv)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output had enough, as in: xura inspect model | head

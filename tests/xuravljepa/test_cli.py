@@ -91,7 +91,7 @@ def test_version(capsys):
 
 @pytest.mark.parametrize("arguments, says", [
     (["ask", "missing.png", "any?"], "no such file"),
-    (["ask", "{here}/scene.png", "x" * 65], "limit"),
+    (["ask", "{here}/scene.png", "x " * 600], "limit"),
     (["ask", "{here}/scene.png", " "], "empty"),
     (["ask", "{here}/config.json", "any?"], "not a picture"),
     (["ask", "{here}/scene.png", "any?", "--model", "{here}/missing"], "no such folder"),
@@ -117,21 +117,18 @@ def test_a_file_name_cannot_move_the_cursor(capsys, tmp_path):
     assert code == 2 and "\x1b" not in err
 
 
-def test_ctrl_c_is_130_and_a_bug_shows_its_traceback(monkeypatch):
-    def raises(error):
-        def stop(argv):
-            raise error
-        monkeypatch.setattr(cli, "_run", stop)
+def test_ctrl_c_is_130_and_a_bug_shows_its_traceback(capsys):
+    def stop(error):
+        raise error
 
-    raises(KeyboardInterrupt())
-    assert cli.main([]) == 130
-    raises(ArithmeticError("loss is not finite"))
-    assert cli.main([]) == 1
-    raises(OSError(28, "No space left on device"))
-    assert cli.main([]) == 1
-    raises(RuntimeError("a bug"))
+    assert cli.guard(stop, KeyboardInterrupt()) == 130
+    assert cli.guard(stop, ArithmeticError("loss is not finite")) == 1
+    assert cli.guard(stop, OSError(28, "No space left on device")) == 1
+    assert cli.guard(stop, MemoryError("3 GiB")) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: loss is not finite", "error: [Errno 28] No space left on device", "error: not enough memory. 3 GiB"]
     with pytest.raises(RuntimeError):
-        cli.main([])
+        cli.guard(stop, RuntimeError("a bug"))
 
 
 def test_a_closed_pipe_is_no_traceback(folder):
