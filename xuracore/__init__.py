@@ -12,9 +12,12 @@ from xuracore._version import __version__
 from xuracore.autograd import checkpoint, enable_grad, grad, is_grad_enabled, no_grad, value_and_grad
 from xuracore.gradcheck import gradcheck
 from xuracore.tensor import Tensor, tensor
-from xuracore.threads import get_num_threads, set_num_threads
+from xuracore.threads import get_num_threads, hold_blas_to_default, set_num_threads
 
 __all__ = [
     "Tensor", "tensor", "no_grad", "enable_grad", "is_grad_enabled", "grad", "value_and_grad", "checkpoint",
     "gradcheck", "ops", "nn", "io", "set_num_threads", "get_num_threads", "__version__",
 ]
+
+hold_blas_to_default()
+del hold_blas_to_default

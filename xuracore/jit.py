@@ -18,10 +18,10 @@ fast-math limited to contraction into FMA: NaN and Inf stay visible.  ``REDUCE``
 plain sum be reassociated, for loops that are nothing but a sum.
 """
 
+import contextlib
 import dis
 import functools
 import hashlib
-import importlib.util
 import os
 import threading
 import time
@@ -48,6 +48,12 @@ KERNELS = []  # every Kernel, in order of definition: for warm-up and the tests
 FIRST_CALLS = []  # (kernel name, parallel build or not, seconds) of each call that compiled or read the cache
 
 _compile_lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: its child could never finish it
+    os.register_at_fork(
+        before=_compile_lock.acquire,
+        after_in_parent=_compile_lock.release,
+        after_in_child=_compile_lock.release,
+    )
 
 
 @functools.cache
@@ -61,9 +67,14 @@ def backend():
         raise ConfigError(f"XURA_KERNELS={asked!r}; expected 'numba', 'numpy' or 'auto'")
     if asked == "numpy":
         return "numpy"
-    if importlib.util.find_spec("numba") is None:
+    try:
+        _numba()  # importing it is the only sure sign: an installed Numba may refuse this NumPy
+    except ImportError as error:
         if asked == "numba":
-            raise ConfigError("XURA_KERNELS=numba, but Numba is not installed: pip install numba")
+            raise ConfigError(f"XURA_KERNELS=numba, but Numba cannot be imported: {error}") from None
+        if error.name != "numba":
+            warnings.warn(f"Numba cannot be imported ({error}); the slower NumPy forms run", RuntimeWarning,
+                          stacklevel=2)
         return "numpy"
     return "numba"
 
@@ -79,31 +90,58 @@ def _numba():
 
 @functools.cache
 def _source_salt():
-    """Hash of every kernel source: an edited helper in another file must not be served stale."""
+    """Hash of every kernel source and of this file's flags: nothing that was edited may be served stale."""
     digest = hashlib.sha256()
-    for path in sorted((Path(__file__).parent / "kernels").glob("*.py")):
+    for path in (Path(__file__), *sorted((Path(__file__).parent / "kernels").glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def _cache(python, variant):
-    """A Numba disk cache for ``python`` that is never stale and never mixed up.
+    """A Numba disk cache for ``python`` that is never stale, never mixed up, and never in the way.
 
     Numba keys its cache by the function's own file only, and leaves the build options out of the
-    key.  Here the stamp covers every kernel file, and each variant has its own file name.
+    key.  Here the stamp covers every kernel file, and each variant has its own file names.  So has each
+    signature: two processes that compile two of them at once would overwrite each other's index.
+    A damaged entry is compiled again; a folder that is full or gone costs a warning.
     """
     from numba.core import caching
 
     class KernelCache(caching.FunctionCache):
-        def __init__(self, py_func):
-            super().__init__(py_func)
+        def _index_key(self, sig, codegen):
+            key = super()._index_key(sig, codegen)
+            digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
             self._cache_file = caching.IndexDataCacheFile(
                 cache_path=self._cache_path,
-                filename_base=f"{self._impl.filename_base}-{variant}",
+                filename_base=f"{self._impl.filename_base}-{variant}-{digest}",
                 source_stamp=(self._impl.locator.get_source_stamp(), _source_salt()),
             )
+            return key
+
+        def load_overload(self, sig, target_context):
+            try:
+                return super().load_overload(sig, target_context)
+            except Exception:  # unpickling damaged bytes raises anything
+                with contextlib.suppress(OSError):
+                    self.flush()
+                return None
+
+        def save_overload(self, sig, data):
+            try:
+                super().save_overload(sig, data)
+            except OSError as error:
+                _warn_of_cache(error)
 
     return KernelCache(python)
+
+
+def _warn_of_cache(error):
+    warnings.warn(
+        f"kernels are compiled anew in each process, because no cache folder is writable ({error}); "
+        "set NUMBA_CACHE_DIR to one that is",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def prange(*bounds):
@@ -279,8 +317,9 @@ class _Locked:
         with _compile_lock:
             start = time.perf_counter()
             result = self.dispatcher(*arguments)
-            FIRST_CALLS.append((self.name, self.parallel, time.perf_counter() - start))
-            self.ready.add(key)
+            if key not in self.ready:  # else another thread compiled it while this one waited
+                FIRST_CALLS.append((self.name, self.parallel, time.perf_counter() - start))
+                self.ready.add(key)
             return result
 
     @property
@@ -303,17 +342,12 @@ def _jit(python, parallel, fastmath):
     try:
         dispatcher._cache = _cache(dispatcher.py_func, variant)
     except RuntimeError as error:  # nothing writable: run without a cache rather than not at all
-        warnings.warn(
-            f"kernels are compiled anew in each process, because no cache folder is writable ({error}); "
-            "set NUMBA_CACHE_DIR to one that is",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        _warn_of_cache(error)
     return dispatcher
 
 
 def threading_layer():
-    """Name of the layer that runs Numba's parallel loops (``omp``, ``tbb``, ``workqueue``); starts its pool."""
+    """Layer that runs Numba's parallel loops (``omp``, ``tbb``, ``workqueue``); starts its pool."""
     numba = _numba()
     from numba.np.ufunc.parallel import _launch_threads
 

@@ -42,16 +42,16 @@ def apply_to_numba(numba):
 @functools.cache
 def available_cpus():
     """CPUs this process may use: affinity, limited by a cgroup quota (rounded up)."""
-    if hasattr(os, "sched_getaffinity"):
-        count = len(os.sched_getaffinity(0))
-    else:
-        count = os.cpu_count() or 1
+    count = _affinity()
     return max(1, min(count, _cgroup_quota() or count))
 
 
-def _cgroup_quota():
+def _affinity():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _cgroup_quota(root=Path("/sys/fs/cgroup")):
     """Whole CPUs granted by cgroup v2 ``cpu.max`` or v1 ``cfs_quota_us``, or None if unlimited."""
-    root = Path("/sys/fs/cgroup")
     try:
         quota, period = (root / "cpu.max").read_text().split()
         return None if quota == "max" else math.ceil(int(quota) / int(period))
@@ -80,13 +80,25 @@ def _default_threads():
     return min(int(asked), available_cpus())
 
 
+def hold_blas_to_default():
+    """Give BLAS the default too, where that is less than BLAS would take; called when xuracore is imported.
+
+    Only XURA_NUM_THREADS or a container's quota make it less.  This must come before the first product:
+    other threads split it otherwise, and a resumed training run would differ in the last bit.
+    """
+    asked = os.environ.get("XURA_NUM_THREADS", "")
+    if asked.isdigit() and int(asked) or available_cpus() < _affinity():
+        for _, setter in _blas_functions():
+            setter(get_num_threads())
+
+
 def set_num_threads(count):
     """Use ``count`` threads in BLAS and in the kernels (at least 1; capped by what exists)."""
     global _threads
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ConfigError(f"number of threads is {count!r}; expected a whole number of at least 1")
     _threads = min(count, available_cpus())
-    for setter in _blas_setters():
+    for _, setter in _blas_functions():
         setter(_threads)
     if _numba is not None:
         _numba.set_num_threads(min(_threads, _numba.config.NUMBA_NUM_THREADS))
@@ -109,27 +121,31 @@ def pool():
 
 def blas_is_controlled():
     """Whether :func:`set_num_threads` reaches the BLAS that NumPy uses."""
-    return bool(_blas_setters())
+    return bool(_blas_functions())
+
+
+def blas_threads():
+    """Threads that BLAS uses at present, or None if it cannot be asked."""
+    return next((getter() for getter, _ in _blas_functions()), None)
 
 
 @functools.cache
-def _blas_setters():
-    """Thread-count setters of the OpenBLAS that NumPy loaded; empty for other BLAS libraries."""
+def _blas_functions():
+    """(getter, setter) of the thread count of each OpenBLAS that NumPy loaded; empty for other libraries."""
     import numpy  # noqa: F401  (loads its BLAS)
 
     if not sys.platform.startswith("linux"):
         return ()
-    names = ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_", "openblas_set_num_threads")
-    setters = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if "openblas" not in path or path in {library for library, _ in setters}:
-            continue
+    names = ("scipy_openblas_{}_num_threads64_", "openblas_{}_num_threads64_", "openblas_{}_num_threads")
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    paths = dict.fromkeys(line.split(maxsplit=5)[-1] for line in lines if "openblas" in line)
+    found = []
+    for path in paths:
         library = ctypes.CDLL(path)
-        setter = next((getattr(library, name) for name in names if hasattr(library, name)), None)
-        if setter is not None:
-            setters.append((path, setter))
-    return tuple(setter for _, setter in setters)
+        name = next((name for name in names if hasattr(library, name.format("set"))), None)
+        if name is not None:
+            found.append((getattr(library, name.format("get")), getattr(library, name.format("set"))))
+    return tuple(found)
 
 
 def _after_fork():
