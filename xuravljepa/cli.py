@@ -24,7 +24,8 @@ examples:
 
 'xura COMMAND --help' explains a command; 'xura train jepa --help' a phase of training.
 """
-PHASES = {"vit": "pretrain_vit", "jepa": "train_jepa", "decoder": "train_decoder", "agent": "train_agent"}
+PHASES = {"vit": "pretrain_vit", "jepa": "train_jepa", "decoder": "train_decoder", "agent": "train_agent",
+          "tiny": "reproduce_tiny"}
 SCRIPTS = {"eval": "evaluate", "make-data": "make_data"}
 NOTICE = "(the first run compiles kernels, which may take a minute)"
 _MISUSE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
@@ -138,8 +139,9 @@ def _parser():
     ask.add_argument("--page", metavar="FILE", help="write a page (HTML) that shows the steps")
 
     phases = "\n".join(f"  xura train {name:8s} training/scripts/{file}.py" for name, file in PHASES.items())
-    train = add("train", "train a phase: vit, jepa, decoder or agent",
-                description=f"Train one phase; each has its own --help.\n\n{phases}")
+    about = "Train a phase, or the tiny model from nothing; each has its own --help."
+    train = add("train", "train a phase: vit, jepa, decoder, agent; or tiny, all of them",
+                description=f"{about}\n\n{phases}")
     train.add_argument("phase", choices=PHASES)
     add("eval", "measure a model on held-out scenes (training/scripts/evaluate.py)")
     add("make-data", "write generated pictures and a manifest (training/scripts/make_data.py)")
