@@ -16,7 +16,10 @@ class Layer(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.gate = angn.Gate(config.d_model) if gates else None
         self.mixer = Mamba3(config.d_model, d_state=config.d_state, expand=config.expand,
-                            headdim=config.headdim, rng=rng)
+                            headdim=config.headdim, is_outproj_norm=True, rng=rng)
+        # What is recalled should not have to outshout what stands here: each head's output is normalised,
+        # and the skip starts at zero (the residual stream is skip enough).
+        self.mixer.D.data[:] = 0
         self.mixer.out_proj.weight.data /= config.n_layers**0.5  # the sum of n branches keeps the size of one
 
     def forward(self, h, state=None, mask=None, modality=None):

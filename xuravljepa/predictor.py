@@ -11,6 +11,7 @@ tokens, ``pred_head``, and L2 normalisation.  What was seen lives in the states,
 into the states in between.
 """
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from xuracore.nn import init
 from xuravljepa import angn
 from xuravljepa.layer import Layer
 from xuravljepa.tokenizer import PAD, WORD_BYTES
+from xuravljepa.vit import sine_positions
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class PredictorConfig(Config):
     query_dim: int = 1024
     vocab_size: int = 264
     embed_dim: int = 1536
+    n_visual: int = 197  # visual tokens of a picture, [CLS] included
     n_read: int = 4
     gates: bool = True
     max_query: int = 512  # words and marks of a question; longer ones are refused
@@ -73,6 +76,12 @@ class Reading(NamedTuple):
     states: list
 
 
+def _positions(n_visual, dim):
+    """(n_visual, dim): half a 2-D sine table for a square of patches after [CLS]; zeros for other numbers."""
+    side = math.isqrt(max(n_visual - 1, 0))
+    return sine_positions(side, dim)[0] * 0.5 if side * side == n_visual - 1 else init.zeros((n_visual, dim))
+
+
 class Predictor(nn.Module):
     """See the module's text.  All masks are (B, L) booleans, True for real tokens."""
 
@@ -82,6 +91,9 @@ class Predictor(nn.Module):
         self.token_embedding = WordEmbedding(config.vocab_size, WORD_BYTES, config.query_dim, rng=rng)
         self.query_proj = nn.Linear(config.query_dim, d, rng=rng)
         self.vision_proj = nn.Linear(config.vision_dim, d, rng=rng)
+        self.vision_position = nn.Parameter(_positions(config.n_visual, d))
+        self.register_buffer("vision_mean", np.zeros(config.vision_dim, np.float32))
+        self.register_buffer("vision_whiten", np.eye(config.vision_dim, dtype=np.float32))
         self.read_tokens = nn.Parameter(init.normal((config.n_read, d), rng, 1.0))
         self.layers = nn.ModuleList(Layer(config, rng=rng, gates=config.gates) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(d, config.norm_eps)
@@ -93,8 +105,25 @@ class Predictor(nn.Module):
         tokens = self.query_proj(self.token_embedding(ids))
         return tokens, ids[:, :, 0] != PAD, np.full(ids.shape[1], modality)
 
+    def fit_vision(self, visual, floor=0.3):
+        """Choose the fixed map that whitens visual tokens (n, 1 + patches, vision_dim) of training pictures.
+
+        A frozen encoder spends most of its variance on a few facts; whitened, the others are learned as
+        fast.  Directions of less than ``floor`` of the mean variance are treated as if they had that much, so
+        that noise is not made large.
+        """
+        flat = visual.reshape(-1, visual.shape[-1]).astype(np.float64)
+        mean = flat.mean(axis=0)
+        variance, axes = np.linalg.eigh(np.cov((flat - mean).T))
+        scale = 1 / np.sqrt(variance.clip(0) + floor * variance.mean())
+        self.vision_mean[:] = mean
+        self.vision_whiten[:] = (axes * scale) @ axes.T
+
     def _visual(self, visual):
+        visual = (visual - self.vision_mean) @ self.vision_whiten
         tokens = self.vision_proj(visual)
+        if tokens.shape[1] == self.config.n_visual:  # pictures of another size carry only the encoder's positions
+            tokens = tokens + self.vision_position
         return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.VISUAL)
 
     def _read(self, batch):

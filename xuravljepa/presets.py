@@ -32,6 +32,8 @@ class VLJEPAConfig(Config):
                 f"embed_dim differs: predictor {width}, text {self.text.embed_dim}, decoder {self.decoder.embed_dim}")
         require(self.predictor.vision_dim == self.vision.d_model,
                 f"predictor.vision_dim {self.predictor.vision_dim} is not vision.d_model {self.vision.d_model}")
+        require(self.predictor.n_visual == 1 + self.vision.n_patches,
+                f"predictor.n_visual {self.predictor.n_visual} is not 1 + {self.vision.n_patches} patches")
 
     @classmethod
     def tiny(cls):
@@ -39,7 +41,7 @@ class VLJEPAConfig(Config):
         return cls(
             vision=VitConfig.tiny(),
             predictor=PredictorConfig(d_model=96, n_layers=4, d_state=32, headdim=32, vision_dim=96, query_dim=64,
-                                      embed_dim=64, n_read=2, max_query=64),
+                                      embed_dim=64, n_visual=65, n_read=2, max_query=64),
             text=TextEncoderConfig(d_model=64, n_layers=1, d_state=16, headdim=32, max_length=64, embed_dim=64),
             decoder=DecoderConfig(d_model=64, n_layers=2, d_state=16, headdim=32, prefix_length=4, max_length=64,
                                   embed_dim=64),

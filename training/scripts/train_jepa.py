@@ -47,7 +47,7 @@ def data_sets(args):
         return kept, held, False
     scenes = args.scenes or (40 if args.tiny else 12000)
     options.say(args, f"no --data-dir: generating {scenes} scenes with questions (seed {args.data_seed})")
-    train = Dataset.scenes("train", scenes, args.data_seed).rows
+    train = Dataset.scenes("train", scenes, args.data_seed, per_type=3).rows
     tools = Dataset.tools("train", scenes, args.data_seed, pools=("known", "known", "train")).rows
     held = Dataset.scenes("val", min(scenes, 300), args.data_seed).rows
     known = Dataset.tools("val", min(scenes, 300), args.data_seed, pools=("known",)).rows
@@ -83,7 +83,7 @@ def accuracy_by_type(model, rows, features, batch_size=256):
 
 
 def main(argv=None):
-    parser = options.training_parser(__doc__, EPILOG, steps=5000, batch_size=32, lr=2e-3, warmup=200,
+    parser = options.training_parser(__doc__, EPILOG, steps=9000, batch_size=32, lr=1.5e-3, warmup=200,
                                      weight_decay=0.02, output_dir="runs/jepa")
     parser.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the frozen X-Encoder's weights")
     parser.add_argument("--turns", type=options.positive, default=4, metavar="N",
@@ -105,7 +105,9 @@ def main(argv=None):
     encoder = frozen_encoder(args, config, rng)
     if encoder.config != config.vision:
         config = config.replace(
-            vision=encoder.config, predictor=config.predictor.replace(vision_dim=encoder.config.d_model))
+            vision=encoder.config,
+            predictor=config.predictor.replace(vision_dim=encoder.config.d_model,
+                                               n_visual=1 + encoder.config.n_patches))
     model = VLJEPA(config.replace(answers=answers), rng=rng)
     model.x_encoder.load_state_dict(encoder.state_dict())
     model.log_scale.data[...] = -np.log(args.temperature)
@@ -114,6 +116,7 @@ def main(argv=None):
         getattr(model, name).requires_grad_()
 
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
+    model.predictor.fit_vision(features.tokens[:2000])
     batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns)
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
