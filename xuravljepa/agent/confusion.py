@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xuracore import nn, no_grad, ops
-from xuracore.config import Config
+from xuracore.config import Config, require_positive
+from xuracore.errors import ShapeError
 from xuracore.tensor import Tensor
 
 NUMBERS = ("top cosine", "margin", "entropy", "top probability", "gate", "strangeness of [CLS]",
@@ -25,6 +26,9 @@ class MonitorConfig(Config):
     vision_dim: int = 96
     hidden: int = 64
 
+    def __post_init__(self):
+        require_positive(self, "read_dim", "vision_dim", "hidden")
+
 
 class Familiarity(nn.Module):
     """Mean and spread of visual tokens over the training pictures, [CLS] and patches apart."""
@@ -35,15 +39,16 @@ class Familiarity(nn.Module):
             self.register_buffer(f"{name}_std", np.ones(dim, np.float32))
 
     def fit(self, visual):
-        """visual (n, 1 + patches, d)."""
+        """Remember the visual tokens (n, 1 + patches, d) of n pictures."""
         for name, tokens in (("cls", visual[:, 0]), ("patch", visual[:, 1:].reshape(-1, visual.shape[2]))):
             getattr(self, f"{name}_mean")[:] = tokens.mean(axis=0, dtype=np.float64)
             getattr(self, f"{name}_std")[:] = tokens.std(axis=0, dtype=np.float64) + 1e-6
 
     def forward(self, visual):
-        """(B, 1 + patches, d) → (B, 3): log mean squared z-score of [CLS], of all patches, of the strangest."""
-        cls = (((visual[:, 0] - self.cls_mean) / self.cls_std) ** 2).mean(axis=-1)
-        patches = (((visual[:, 1:] - self.patch_mean) / self.patch_std) ** 2).mean(axis=-1)
+        """(B, 1 + patches, d) → (B, 3): log mean squared z-score of [CLS], of all patches, of the worst."""
+        visual = visual.astype(np.float64)  # the square of a far-off float32 would be infinite
+        cls = np.square((visual[:, 0] - self.cls_mean) / self.cls_std).mean(axis=-1)
+        patches = np.square((visual[:, 1:] - self.patch_mean) / self.patch_std).mean(axis=-1)
         return np.log(np.stack([cls, patches.mean(axis=1), patches.max(axis=1)], axis=1) + 1e-6)
 
 
@@ -74,8 +79,13 @@ class ConfusionMonitor(nn.Module):
     def calibrate(self, logits, wrong):
         """Choose the temperature that minimises the negative log-likelihood on a second set.
 
-        logits (n,), wrong (n,) in {0, 1}.  Golden-section search over log T in ±3.
+        logits (n,), wrong (n,) in {0, 1}.  Golden-section search over log T in ±3: the loss is convex in 1/T.
+        ShapeError if the two differ in length, or there are none.
         """
+        logits, wrong = np.asarray(logits), np.asarray(wrong)
+        if logits.ndim != 1 or logits.shape != wrong.shape or not len(logits):
+            raise ShapeError(f"calibration needs a label for each logit: {wrong.shape} for {logits.shape}")
+
         def loss(log_t):
             z = logits.astype(np.float64) / np.exp(log_t)
             return np.mean(np.logaddexp(0, z) - wrong * z)
@@ -88,9 +98,10 @@ class ConfusionMonitor(nn.Module):
 
     @no_grad()
     def p_wrong(self, features):
-        """Calibrated probability (B,) that the answer is wrong."""
+        """Calibrated probability (B,) that the answer is wrong; 1 for features that are not numbers."""
         z = self(features).data.astype(np.float64) / float(self.temperature)
-        return 1 / (1 + np.exp(-z))
+        p = 0.5 + 0.5 * np.tanh(0.5 * z)  # the logistic function, without overflow
+        return np.where(np.isnan(p), 1.0, p)
 
 
 def monitor_features(pooled, cosines, scale, gate, strangeness, depth=0, change=0.0):
@@ -98,7 +109,10 @@ def monitor_features(pooled, cosines, scale, gate, strangeness, depth=0, change=
 
     pooled (B, d), cosines (B, answers), scale: inverse temperature of the answers' softmax, gate (B,) mean
     gate, strangeness (B, 3) of :class:`Familiarity`, depth: tool calls so far, change: of the state, by them.
+    The numbers are cut at ± a million, so that no division by almost nothing makes them infinite.
     """
+    if not cosines.shape[1]:
+        raise ShapeError("there are no known answers to compare with")
     batch = len(pooled)
     ranked = np.sort(cosines, axis=1)
     logits = cosines.astype(np.float64) * scale
@@ -109,4 +123,5 @@ def monitor_features(pooled, cosines, scale, gate, strangeness, depth=0, change=
     second = ranked[:, -2] if ranked.shape[1] > 1 else np.full(batch, -1.0)
     columns = [ranked[:, -1], ranked[:, -1] - second, entropy, p.max(axis=1), gate,
                *strangeness.T, np.full(batch, depth), np.broadcast_to(change, batch)]
-    return np.concatenate([pooled, np.stack(columns, axis=1)], axis=1).astype(np.float32)
+    numbers = np.clip(np.stack(columns, axis=1), -1e6, 1e6)
+    return np.concatenate([pooled, numbers], axis=1).astype(np.float32)

@@ -2,12 +2,12 @@
 
 Each layer's state S (heads, P, N) receives a write of the same form as a step of the recurrence:
 
-    S' = a ∘ S + Σ_r g_r (X_r k) ⊗ Rot(θ)(B_r k),       a = σ(α + A k) per head
+    S' = a ∘ S + Σ_r g_r (X_r k) ⊗ Rot(θ)(B_r k),       a = 2σ(α + A k) per head
 
-k is the Y-Encoder's embedding of the result.  g starts at zero and a near one, so a new injector changes
-nothing.  Mamba-3 keys live in a frame that turns with the cumulative angle θ: the written key is turned by
-the current θ, so that later reads see it as written now.  θ itself and the previous token's key and value
-are left alone.  The change is limited to ``max_change`` times the size of the state.
+k is the Y-Encoder's embedding of the result.  g, α and A start at zero: a is 1, and a new injector changes
+nothing at all.  Mamba-3 keys live in a frame that turns with the cumulative angle θ: the written key is
+turned by the current θ, so that later reads see it as written now.  θ itself and the previous token's key and
+value are left alone.  The change is limited to ``max_change`` times the size of the state (Frobenius norms).
 
 The target is what reading would have done: S* after the tool's text, less S before it, both seen in the
 frame of their own θ (``relative``).
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from xuracore import nn, ops
-from xuracore.config import Config, require
+from xuracore.config import Config, require, require_positive
+from xuracore.errors import ConfigError, ShapeError
 from xuracore.nn import init
 
 MODES = ("state", "residual", "token")
@@ -37,6 +38,9 @@ class InjectorConfig(Config):
 
     def __post_init__(self):
         require(self.mode in MODES, f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+        require_positive(self, "knowledge_dim", "rank")
+        require(self.max_change > 0, f"max_change is {self.max_change}; expected more than 0")
+        require(self.residual_layer >= 0, f"residual_layer is {self.residual_layer}; layers count from 0")
 
 
 class LayerWrite(nn.Module):
@@ -49,8 +53,8 @@ class LayerWrite(nn.Module):
         self.key = nn.Parameter(init.uniform((config.rank * heads * d_state, k), rng, bound * 2))
         self.key_bias = nn.Parameter(init.normal((config.rank * heads * d_state,), rng, 0.5))
         self.gain = nn.Parameter(init.zeros((config.rank, heads)))
-        self.retain = nn.Parameter(init.zeros((heads, k)))
-        self.retain_bias = nn.Parameter(np.full(heads, 4.0, np.float32))
+        self.keep = nn.Parameter(init.zeros((heads, k)))
+        self.keep_bias = nn.Parameter(init.zeros(heads))
 
     def forward(self, knowledge, h, theta):
         """knowledge (B, K), h (B, H, P, N), theta (B, H, S) → h' (B, H, P, N)."""
@@ -58,16 +62,21 @@ class LayerWrite(nn.Module):
         batch = knowledge.shape[0]
         x = ops.linear(knowledge, self.value).reshape(batch, rank, heads, headdim)
         b = ops.linear(knowledge, self.key, self.key_bias).reshape(batch, rank, heads, d_state)
-        b = turn(b, theta.reshape(batch, 1, heads, -1))
+        b = turn(b, theta.reshape(theta.shape[0], 1, *theta.shape[1:]))
         x = x * self.gain.reshape(1, rank, heads, 1)
         write = ops.einsum(x, b, equation="brhp,brhn->bhpn")
-        retain = ops.sigmoid(ops.linear(knowledge, self.retain, self.retain_bias))
-        return h * retain.reshape(batch, heads, 1, 1) + write
+        kept = ops.sigmoid(ops.linear(knowledge, self.keep, self.keep_bias)) * 2.0
+        return h * kept.reshape(batch, heads, 1, 1) + write
 
 
 def turn(x, theta, sign=1.0):
-    """Rotate the pairs (2i, 2i+1), i < S, of x (…, N) by ±theta (…, S); the rest passes through."""
+    """Rotate the pairs (2i, 2i+1), i < S, of x (…, N) by sign · theta (…, S); the rest passes through.
+
+    (a, b) becomes (a cos θ - b sin θ, a sin θ + b cos θ).  ShapeError where 2S > N.
+    """
     angles = theta.shape[-1]
+    if 2 * angles > x.shape[-1]:
+        raise ShapeError(f"{angles} angles need {2 * angles} coordinates; there are {x.shape[-1]}")
     pairs = x[..., : 2 * angles].reshape(*x.shape[:-1], angles, 2)
     c, s = ops.cos(theta), ops.sin(theta) * sign
     first, second = pairs[..., 0], pairs[..., 1]
@@ -88,6 +97,8 @@ class StateInjector(nn.Module):
         rng = np.random.default_rng(0) if rng is None else rng
         self.config = config
         p = predictor_config
+        require(config.residual_layer < p.n_layers,
+                f"residual_layer is {config.residual_layer}; the predictor has {p.n_layers} layers")
         if config.mode == "residual":
             self.projection = nn.Linear(config.knowledge_dim, p.d_model, rng=rng)
             self.projection.weight.data[:] = 0
@@ -97,7 +108,11 @@ class StateInjector(nn.Module):
                 LayerWrite(config, heads, p.headdim, p.d_state, rng=rng) for _ in range(p.n_layers))
 
     def forward(self, knowledge, states):
-        """knowledge (B, K) → the states with the write in them (mode "state")."""
+        """knowledge (B, K) → the states with the write in them.  ConfigError in the residual mode."""
+        if self.config.mode == "residual":
+            raise ConfigError("an injector in mode 'residual' writes into no state; add its bias(knowledge)")
+        if len(states) != len(self.writes):
+            raise ShapeError(f"there are {len(states)} states for {len(self.writes)} layers")
         after = []
         for write, state in zip(self.writes, states):
             h = write(knowledge, state.h, state.theta)
@@ -106,22 +121,34 @@ class StateInjector(nn.Module):
 
     def bias(self, knowledge):
         """knowledge (B, K) → what the residual mode adds to the stream, (B, d_model)."""
+        if self.config.mode != "residual":
+            raise ConfigError(f"an injector in mode {self.config.mode!r} has no bias; call it with states")
         return self.projection(knowledge)
 
 
 def _limited(before, after, limit):
-    """``after``, moved back towards ``before`` where the change is too large for the state's size."""
-    change = after - before
-    size = np.sqrt((before.data**2).sum(axis=(1, 2, 3), keepdims=True))
-    grown = np.sqrt((change.data**2).sum(axis=(1, 2, 3), keepdims=True))
-    factor = np.minimum(1, limit * size / np.maximum(grown, 1e-12)).astype(before.dtype)
-    return after if (factor == 1).all() else before + change * factor
+    """``after``, moved back towards ``before`` where the change is too large for the state's size.
+
+    How far is a constant to the gradient.  A sample within the limit is returned as it is, bit by bit.
+    """
+    size = np.sqrt(_squares(before.data))
+    grown = np.sqrt(_squares(after.data - before.data))
+    factor = np.minimum(1, limit * size / np.maximum(grown, 1e-12))
+    if (factor == 1).all():
+        return after
+    factor = factor.astype(before.dtype).reshape(-1, 1, 1, 1)
+    return after * factor + before * (1 - factor)
+
+
+def _squares(h):
+    """(B,) float64 sums of squares of h (B, …)."""
+    return np.square(h, dtype=np.float64).reshape(len(h), -1).sum(axis=1)
 
 
 def state_change(before, after):
     """(B,) ‖ΔS‖ / ‖S‖ over all layers: how much an injection changed."""
-    changed = sum(((a.h.data - b.h.data) ** 2).sum(axis=(1, 2, 3)) for b, a in zip(before, after))
-    size = sum((b.h.data**2).sum(axis=(1, 2, 3)) for b in before)
+    changed = sum(_squares(a.h.data - b.h.data) for b, a in zip(before, after))
+    size = sum(_squares(b.h.data) for b in before)
     return np.sqrt(changed / np.maximum(size, 1e-24))
 
 
@@ -129,13 +156,13 @@ def injection_loss(states, injected, taught):
     """Mean over layers of ‖ΔŜ - ΔS*‖² / ‖ΔS*‖² in relative frames; 1 - that is the explained variance.
 
     states : before; injected : from the injector; taught : after reading the tool's text.  All lists of
-    states; gradients flow into ``injected`` alone.
+    states; sums run over the batch; gradients flow into ``injected`` alone.
     """
-    total = None
-    for before, given, target in zip(states, injected, taught):
-        start = relative(before.h.data, before.theta.data)
-        wanted = relative(target.h.data, target.theta.data) - start
-        difference = relative(given.h, given.theta) - (start + wanted)
-        part = (difference * difference).sum() / float((wanted**2).sum() + 1e-12)
-        total = part if total is None else total + part
+    total = 0.0
+    for before, given, target in zip(states, injected, taught, strict=True):
+        aim = relative(target.h.data, target.theta.data)
+        wanted = aim - relative(before.h.data, before.theta.data)
+        difference = relative(given.h, given.theta) - aim
+        size = float(np.square(wanted, dtype=np.float64).sum())
+        total = total + (difference * difference).sum() / (size + 1e-12)
     return total / len(states)
