@@ -118,8 +118,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
 
     started = time.perf_counter()
+    from xuracore import set_num_threads
     from xuravljepa.agent.agent import Agent
 
+    set_num_threads(1)  # small pictures gain nothing from more, and the answers' last bits depend on it
     agent = Agent.from_pretrained(args.model)
     with compiling_notice():
         agent.ask(story(0)[0], PHOTO[0])
