@@ -15,6 +15,7 @@ from training.data.tools_data import write_price_list
 from xuravljepa.agent.agent import Agent
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.trace import read_traces
+from xuravljepa.cli import NOTICE
 from xuravljepa.model import VLJEPA
 from xuravljepa.presets import VLJEPAConfig
 
@@ -80,4 +81,5 @@ def test_mistakes_are_one_line(folder, tmp_path):
                       ["--model", "nowhere"]):
         result = demo(folder, tmp_path, *arguments)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+        (line,) = (line for line in result.stderr.splitlines() if line != NOTICE)
+        assert line.startswith("error: ")

@@ -1,9 +1,11 @@
 """The command: short errors, right exit codes, nothing imported before it is needed, nothing believed."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from xuravljepa import cli
 from xuravljepa.agent.agent import Agent
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.trace import read_traces
+from xuravljepa.cli import compiling_notice
 from xuravljepa.model import VLJEPA, parameter_counts
 from xuravljepa.presets import VLJEPAConfig
 
@@ -40,6 +43,12 @@ def folder(tmp_path_factory):
     pixels = np.random.default_rng(2).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path / "scene.png")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _no_notice(monkeypatch):
+    """Whether a first call compiles for long enough to be announced depends on the machine."""
+    monkeypatch.setattr(cli, "compiling_notice", contextlib.nullcontext)
 
 
 def run(capsys, *arguments):
@@ -135,6 +144,14 @@ def test_a_closed_pipe_is_no_traceback(folder):
     command = f"{sys.executable} -m xuravljepa.cli inspect {folder} | head -1"
     result = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert result.stdout.count("\n") == 1 and result.stderr == ""
+
+
+def test_a_slow_start_is_announced(capsys):
+    with compiling_notice(after=0.01):
+        time.sleep(0.2)
+    with compiling_notice(after=60.0):
+        pass
+    assert capsys.readouterr().err == f"{cli.NOTICE}\n"
 
 
 # ---------------------------------------------------------------------- ask
