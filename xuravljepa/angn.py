@@ -18,7 +18,7 @@ class Gate(nn.Module):
     """Elementwise gate over (B, L, d).
 
     weight (d), bias (4, d): one row per modality.  ``activation`` holds the mean of g/2 per sample of
-    the last call (0.5 at the start): what the agent's monitor looks at.
+    the last call (0.5 at the start), padding left out: what the agent's monitor looks at.
     """
 
     def __init__(self, dim):
@@ -26,15 +26,17 @@ class Gate(nn.Module):
         self.bias = nn.Parameter(init.zeros((4, dim)))
         self._activation = None
 
-    def forward(self, z, modality):
-        """z (B, L, d), modality (L,) integers → (B, L, d)."""
+    def forward(self, z, modality, mask=None):
+        """z (B, L, d), modality (L,) integers, mask (B, L) True for real tokens, or None → (B, L, d)."""
         half = ops.sigmoid(z * self.weight + ops.embedding(self.bias, modality))
-        self._activation = half.data.mean(axis=(1, 2))
+        share = half.data.mean(axis=2, dtype=np.float64)
+        mask = np.ones(share.shape, bool) if mask is None else mask
+        self._activation = (share * mask).sum(axis=1) / np.maximum(mask.sum(axis=1), 1)
         return z * (half * 2.0)
 
     @property
     def activation(self):
-        """(B,) mean of σ over positions and features, of the last call."""
+        """(B,) float64 mean of σ over real positions and features, of the last call."""
         return self._activation
 
     def regulariser(self):

@@ -9,9 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from xuracore import nn, no_grad, ops
-from xuracore.config import Config
+from xuracore.config import Config, require, require_positive
+from xuracore.errors import ShapeError
+from xuracore.tensor import Tensor
 from xuravljepa.layer import Layer
-from xuravljepa.tokenizer import BOS, EOS, PAD, ByteTokenizer
+from xuravljepa.tokenizer import BOS, EOS, PAD, VOCABULARY_SIZE, ByteTokenizer
+
+_FREE = (*range(256), EOS)  # what may follow any text: a byte, or the end
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,13 @@ class DecoderConfig(Config):
     embed_dim: int = 1536
     norm_eps: float = 1e-5
 
+    def __post_init__(self):
+        require_positive(self, "d_model", "n_layers", "d_state", "expand", "headdim", "embed_dim",
+                         "prefix_length")
+        require(self.max_length >= 2, f"max_length is {self.max_length}; BOS and EOS alone need 2")
+        require(self.vocab_size >= VOCABULARY_SIZE,
+                f"vocab_size is {self.vocab_size}; bytes and special tokens need {VOCABULARY_SIZE}")
+
 
 class Decoder(nn.Module):
     """embedding (B, E) and tokens (B, L), starting with BOS → logits (B, L, vocabulary) of the next token."""
@@ -36,7 +47,8 @@ class Decoder(nn.Module):
     def __init__(self, config, *, rng):
         self.config = config
         self.embed_to_prefix = nn.Linear(config.embed_dim, config.prefix_length * config.d_model, rng=rng)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model, rng=rng, std=config.d_model**-0.5)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.d_model, rng=rng,
+                                            std=config.d_model**-0.5)
         self.layers = nn.ModuleList(Layer(config, rng=rng) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self._tokenizer = ByteTokenizer()
@@ -72,27 +84,30 @@ class Decoder(nn.Module):
     def generate(self, embedding, max_length=None, allowed=None):
         """The most likely text for one embedding (E,) or (1, E): greedy, byte by byte.
 
+        max_length : tokens at most, BOS and EOS included; by default, and never more than, the config's.
         allowed : a list of texts; the answer is then one of them (constrained decoding over their trie).
-        Returns (text, mean log-probability of its tokens).
+        Returns (text, mean log-probability of its tokens).  ShapeError if an allowed text is too long, or
+        there is none, or the embedding is not one.
         """
-        limit = min(max_length or self.config.max_length, self.config.max_length)
-        trie = None if allowed is None else _trie([self._tokenizer.encode(text) for text in allowed])
-        h, states = self._run(self.prefix(np.asarray(getattr(embedding, "data", embedding)).reshape(1, -1)), None)
-        token, ids, score = BOS, [], 0.0
-        for _ in range(limit):
+        limit = self.config.max_length if max_length is None else min(max_length, self.config.max_length)
+        if limit < 2:
+            raise ShapeError(f"max_length is {max_length}; BOS and EOS alone need 2")
+        choices = _FREE
+        if allowed is not None:
+            choices = _trie([self._tokenizer.encode(text, limit - 2) for text in allowed])
+            if not choices:
+                raise ShapeError("no texts are allowed; pass None for free decoding")
+        given = embedding.data if isinstance(embedding, Tensor) else np.asarray(embedding)
+        _, states = self._run(self.prefix(given.reshape(1, -1)), None)
+        token, scores, ids = BOS, [], []
+        while token != EOS and len(scores) < limit - 1:
             h, states = self._run(self.token_embedding(np.array([[token]])), states)
-            logits = np.asarray(getattr(self._logits(h), "data"), np.float64)[0, -1]
-            log_p = logits - np.logaddexp.reduce(logits)
-            if trie is None:
-                token = int(np.argmax(log_p))
-            else:
-                token = max(trie, key=lambda t: log_p[t])
-                trie = trie[token]
-            score += log_p[token]
-            if token == EOS:
-                break
+            logits = self._logits(h).data[0, -1].astype(np.float64)
+            token = max(choices, key=logits.__getitem__)
+            scores.append(logits[token] - np.logaddexp.reduce(logits))
             ids.append(token)
-        return self._tokenizer.decode(ids), score / (len(ids) + 1)
+            choices = choices if allowed is None else choices[token]
+        return self._tokenizer.decode(ids), float(np.mean(scores))
 
 
 def _trie(sequences):

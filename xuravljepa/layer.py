@@ -25,6 +25,6 @@ class Layer(nn.Module):
     def forward(self, h, state=None, mask=None, modality=None):
         z = self.norm(h)
         if self.gate is not None:
-            z = self.gate(z, modality)
+            z = self.gate(z, modality, mask)
         y, state = self.mixer(z, state, mask=mask)
         return h + y, state

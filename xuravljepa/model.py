@@ -11,6 +11,7 @@ import numpy as np
 
 from xuracore import io, nn, no_grad, ops
 from xuracore.errors import ConfigError, DTypeError, FormatError, ShapeError
+from xuracore.tensor import Tensor
 from xuravljepa import image as images
 from xuravljepa.decoder import Decoder
 from xuravljepa.predictor import Predictor
@@ -69,7 +70,7 @@ class VLJEPA(nn.Module):
     @no_grad()
     def visual_tokens(self, pixels):
         """pixels (B, 3, S, S) → (B, 1 + n, d) array; the X-Encoder is frozen."""
-        return np.asarray(getattr(self.x_encoder(pixels), "data"))
+        return self.x_encoder(pixels).data
 
     # ------------------------------------------------------------------ answers
     def encode_answers(self, texts):
@@ -90,8 +91,9 @@ class VLJEPA(nn.Module):
         self._bank = None
 
     def similarities(self, embedding):
-        """(B, E) → (B, n) cosines to the answers of the bank."""
-        return np.asarray(getattr(embedding, "data", embedding)) @ self.answer_bank()[1].T
+        """(B, E) array or Tensor → (B, n) cosines to the answers of the bank."""
+        embedding = embedding.data if isinstance(embedding, Tensor) else embedding
+        return embedding @ self.answer_bank()[1].T
 
     @property
     def scale(self):
@@ -123,7 +125,12 @@ class VLJEPA(nn.Module):
 
     @no_grad()
     def classify(self, image, labels, question=CAPTION_QUERY):
-        """(the best of ``labels``, cosines (n,)) for an open set of label texts."""
+        """(the best of ``labels``, cosines (n,)) for an open set of label texts.
+
+        Raises ShapeError without labels, DTypeError for one text instead of a list of them.
+        """
+        if isinstance(labels, str):
+            raise DTypeError(f"labels are a list of texts, got the text {labels!r}")
         labels = list(labels)
         if not labels:
             raise ShapeError("no labels were given to choose from")
@@ -134,8 +141,10 @@ class VLJEPA(nn.Module):
     def retrieve(self, text, bank, k=5):
         """The ``k`` entries of ``bank`` that fit ``text`` best: [(index, cosine)], best first.
 
-        bank : (n, E) embeddings, as ``embed`` gives them, or a list of images.
+        bank : (n, E) embeddings, as ``embed`` gives them, or a list of images.  ShapeError if it is empty.
         """
+        if not len(bank):
+            raise ShapeError("the bank is empty")
         if not isinstance(bank, np.ndarray) or bank.ndim != 2:
             bank = np.stack([self.embed(image) for image in bank])
         if bank.shape[1] != self.config.text.embed_dim:
@@ -157,7 +166,8 @@ class VLJEPA(nn.Module):
         """A folder written by ``save_pretrained``, or the name of a preset.
 
         ``"tiny"`` comes trained, with the package; ``"small"`` and ``"base"`` start from random weights.
-        Raises FormatError for damaged files, StateDictError where names or shapes do not fit.
+        Raises FormatError for damaged files, ConfigError for settings that no model has, StateDictError
+        where names or shapes do not fit.
         """
         if str(source) in PRESETS and not Path(source).exists():
             if not (SHIPPED / str(source) / "model.safetensors").exists():
@@ -170,9 +180,30 @@ class VLJEPA(nn.Module):
         kind = settings.pop("model_type", None) if isinstance(settings, dict) else None
         if kind != "xura-vljepa":
             raise FormatError(f"model_type is {kind!r}; expected 'xura-vljepa'", source / "config.json")
-        model = cls(VLJEPAConfig.from_dict(settings))
-        model.load_state_dict(io.load_safetensors(source / "model.safetensors"))
+        config = VLJEPAConfig.from_dict(settings)
+        state = io.load_safetensors(source / "model.safetensors")
+        _check_sizes(config, sum(array.size for array in state.values()), source / "config.json")
+        model = cls(config)
+        model.load_state_dict(state)
         return model.eval()
+
+
+def _check_sizes(config, stored, path):
+    """FormatError if ``config`` asks for much more than the ``stored`` numbers of its file could fill.
+
+    Hostile sizes would otherwise take all memory before names and shapes are compared.  Each product is that
+    of a matrix, or of one matrix a layer, which a model of these sizes has.
+    """
+    least = config.vision.parameter_count
+    for part in (config.predictor, config.text, config.decoder):
+        sizes = {name: n for name, n in part.to_dict().items() if type(n) is int and name[:4] != "max_"}
+        layers, width = sizes.pop("n_layers"), sizes.pop("d_model")
+        least = max(least, layers * width * max(part.expand * width, part.d_state),
+                    width * max(sizes.values()))
+    prefix = config.decoder.prefix_length * config.decoder.d_model * config.decoder.embed_dim
+    if max(least, prefix) > stored:
+        raise FormatError(f"its sizes are those of a model of {max(least, prefix):,} parameters or more, "
+                          f"but model.safetensors holds {stored:,}", path)
 
 
 def parameter_counts(config):

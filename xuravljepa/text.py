@@ -6,9 +6,10 @@
 from dataclasses import dataclass
 
 from xuracore import nn, ops
-from xuracore.config import Config
+from xuracore.config import Config, require, require_positive
+from xuracore.errors import ShapeError
 from xuravljepa.layer import Layer
-from xuravljepa.tokenizer import EOS, PAD, ByteTokenizer, pad_rows
+from xuravljepa.tokenizer import EOS, PAD, VOCABULARY_SIZE, ByteTokenizer, pad_rows
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class TextEncoderConfig(Config):
     max_length: int = 512
     embed_dim: int = 1536
     norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        require_positive(self, "d_model", "n_layers", "d_state", "expand", "headdim", "embed_dim",
+                         "max_length")
+        require(self.vocab_size >= VOCABULARY_SIZE,
+                f"vocab_size is {self.vocab_size}; bytes and special tokens need {VOCABULARY_SIZE}")
 
 
 class TextEncoder(nn.Module):
@@ -47,10 +54,15 @@ class TextEncoder(nn.Module):
         return ops.l2_normalize(self.projection(pooled))
 
     def tokens(self, texts):
-        """ids (n, L) of texts, each followed by EOS; ShapeError where one exceeds ``max_length``."""
+        """ids (n, L) of texts, each followed by EOS.
+
+        ShapeError if there are none or one exceeds ``max_length``, DTypeError for what is no text.
+        """
+        if not len(texts):
+            raise ShapeError("there are no texts to encode")
         rows = [[*self._tokenizer.encode(text, self.config.max_length - 1), EOS] for text in texts]
         return pad_rows(rows)
 
     def encode(self, texts):
-        """A list of texts → (n, embed_dim).  Raises ShapeError where one is longer than ``max_length``."""
+        """A list of texts → (n, embed_dim).  Raises as :meth:`tokens` does."""
         return self(self.tokens(texts))
