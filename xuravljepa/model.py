@@ -166,8 +166,8 @@ class VLJEPA(nn.Module):
         """A folder written by ``save_pretrained``, or the name of a preset.
 
         ``"tiny"`` comes trained, with the package; ``"small"`` and ``"base"`` start from random weights.
-        Raises FormatError for damaged files, ConfigError for settings that no model has, StateDictError
-        where names or shapes do not fit.
+        Raises FormatError for no such folder or damaged files, FileNotFoundError where one is missing,
+        ConfigError for settings that no model has, StateDictError where names or shapes do not fit.
         """
         if str(source) in PRESETS and not Path(source).exists():
             if not (SHIPPED / str(source) / "model.safetensors").exists():
