@@ -271,6 +271,8 @@ hostile ones are refused with the reason.
               f"{file['bytes'] / 1e6:.2f} MB, {types or 'empty'}")
         for key, value in file["metadata"].items():
             print(f"  {_printable(key)} = {_printable(value)}")
+        for part, count in _parts(file["tensors"]).items():
+            print(f"  {part}: {count:,}")
         if not args.summary:
             width = max(map(len, file["tensors"]), default=0)
             for tensor, entry in file["tensors"].items():
@@ -307,6 +309,15 @@ def _examine(path):
             "tensors": tensors, "parameters": sum(math.prod(entry["shape"]) for entry in tensors.values()),
             "bytes": sum(entry.bytes for entry in header.tensors.values()), "metadata": header.metadata}
     return found
+
+
+def _parts(tensors, most=30):
+    """{first word of the names: how many numbers}, where that divides the tensors into a few parts."""
+    counts = {}
+    for name, entry in tensors.items():
+        part = name.partition(".")[0]
+        counts[part] = counts.get(part, 0) + math.prod(entry["shape"])
+    return counts if 1 < len(counts) <= min(most, len(tensors) - 1) else {}
 
 
 def _setting_lines(config, indent="  "):

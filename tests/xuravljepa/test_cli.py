@@ -195,6 +195,8 @@ def test_inspect_lists_a_folder(capsys, folder):
     assert all(name in out for name in state)
     code, summary, _ = run(capsys, "inspect", folder, "--summary")
     assert code == 0 and "predictor.read_tokens" not in summary
+    eyes = sum(array.size for name, array in state.items() if name.startswith("x_encoder."))
+    assert f"  x_encoder: {eyes:,}\n" in summary
 
 
 def test_inspect_as_json_is_the_header(capsys, tmp_path):

@@ -85,6 +85,7 @@ class Agent:
         if not (folder / "agent.json").exists():
             return cls(model, recursion=recursion, name=str(source))
         config = AgentConfig.from_dict(io.load_json(folder / "agent.json"))
+        _check_fit(config, AgentConfig.for_model(model.config), folder / "agent.json")
         heads = AgentHeads(config, model.config.predictor)
         heads.load_state_dict(io.load_safetensors(folder / "agent.safetensors"))
         agent = cls(model, heads, recursion=recursion, name=str(source))
@@ -249,6 +250,15 @@ class Agent:
         for name, array in sorted(self.model.x_encoder.state_dict().items()):
             digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+
+def _check_fit(config, wanted, path):
+    """FormatError if heads of this AgentConfig do not fit the model that ``wanted`` is for."""
+    for part, name in (("monitor", "read_dim"), ("monitor", "vision_dim"), ("injector", "knowledge_dim"),
+                       ("selector", "read_dim"), ("selector", "embed_dim")):
+        found, fits = getattr(getattr(config, part), name), getattr(getattr(wanted, part), name)
+        if found != fits:
+            raise FormatError(f"{part}.{name} is {found}; the model beside it has {fits}", path)
 
 
 def save_heads(heads, directory):

@@ -418,6 +418,15 @@ def test_damaged_folders_are_refused(agent, tmp_path):
         Agent.from_pretrained(tmp_path)
 
 
+def test_heads_of_another_model_are_refused_when_they_are_loaded(agent, tmp_path):
+    agent.save_pretrained(tmp_path)
+    settings = io.load_json(tmp_path / "agent.json")
+    settings["monitor"]["read_dim"] += 1
+    io.save_json(tmp_path / "agent.json", settings)
+    with pytest.raises(FormatError, match="monitor.read_dim is 97; the model beside it has 96"):
+        Agent.from_pretrained(tmp_path)
+
+
 def test_what_was_seen_survives_a_restart(agent, model, tmp_path):
     first = agent.ask(picture(), PRICE)
     agent.save_state(tmp_path / "state")
