@@ -196,13 +196,13 @@ came about.
             reply = agent.ask(None if replies else args.image, question)
         replies.append(reply)
         if args.json:
-            print(json.dumps(_reply_data(question, reply)), flush=True)
+            print(json.dumps(_reply_data(question, reply, agent.trained)), flush=True)
         elif args.show:
             reply.trace.show()
             print()
         else:
             asked = f"{_printable(question)}  " if len(args.questions) > 1 else ""
-            print(f"{asked}{reply.text}  ({_how(reply)})", flush=True)
+            print(f"{asked}{reply.text}  ({_how(reply, agent.trained)})", flush=True)
         if args.trace:
             reply.trace.write(args.trace, append=len(replies) > 1)
     if args.page:
@@ -212,19 +212,20 @@ came about.
         write_html(args.page, [Scene(args.image, tuple(reply.trace for reply in replies), args.image)])
 
 
-def _how(reply):
+def _how(reply, monitored):
     from xuravljepa.agent.story import percent
 
-    parts = [f"{percent(reply.confidence)} sure"]
+    parts = [f"{percent(reply.confidence)} sure" if monitored else "this model has no monitor: it cannot doubt"]
     for call in reply.tool_calls:
         said = f"said {_printable(call['result'][:60])}" if call["ok"] else "failed"
         parts.append(f"{call['tool']} {said}")
     return ", ".join(parts)
 
 
-def _reply_data(question, reply):
-    return {"question": question, "answer": reply.answer, "confidence": reply.confidence,
-            "unsure": reply.unsure, "reason": reply.reason, "tool_calls": reply.tool_calls}
+def _reply_data(question, reply, monitored):
+    confidence = reply.confidence if monitored else None
+    return {"question": question, "answer": reply.answer, "confidence": confidence, "unsure": reply.unsure,
+            "reason": reply.reason, "tool_calls": reply.tool_calls}
 
 
 # ---------------------------------------------------------------------- generate

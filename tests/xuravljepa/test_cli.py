@@ -160,6 +160,14 @@ def test_ask_answers_and_says_where_it_guesses(capsys, folder):
     assert code == 0 and out.startswith("I am not sure. My best guess is: ") and "2 % sure" in out
 
 
+def test_a_model_without_a_monitor_claims_no_confidence(capsys, folder, tmp_path):
+    Agent.from_pretrained(folder).model.save_pretrained(tmp_path)
+    code, out, _ = run(capsys, "ask", folder / "scene.png", ASKED, "--model", tmp_path)
+    assert code == 0 and "%" not in out and "no monitor" in out
+    out = run(capsys, "ask", folder / "scene.png", ASKED, "--model", tmp_path, "--json")[1]
+    assert json.loads(out)["confidence"] is None
+
+
 def test_ask_says_what_a_tool_said(capsys, folder):
     code, out, _ = run(capsys, "ask", folder / "scene.png", ASKED, "price of the red one at zorba?",
                        "--model", folder)
