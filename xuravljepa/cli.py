@@ -215,7 +215,8 @@ came about.
 def _how(reply, monitored):
     from xuravljepa.agent.story import percent
 
-    parts = [f"{percent(reply.confidence)} sure" if monitored else "this model has no monitor: it cannot doubt"]
+    sure = f"{percent(reply.confidence)} sure"
+    parts = [sure if monitored else "this model has no monitor: it cannot doubt"]
     for call in reply.tool_calls:
         said = f"said {_printable(call['result'][:60])}" if call["ok"] else "failed"
         parts.append(f"{call['tool']} {said}")

@@ -135,7 +135,8 @@ def test_ctrl_c_is_130_and_a_bug_shows_its_traceback(capsys):
     assert cli.guard(stop, OSError(28, "No space left on device")) == 1
     assert cli.guard(stop, MemoryError("3 GiB")) == 1
     assert capsys.readouterr().err.splitlines() == [
-        "error: loss is not finite", "error: [Errno 28] No space left on device", "error: not enough memory. 3 GiB"]
+        "error: loss is not finite", "error: [Errno 28] No space left on device",
+        "error: not enough memory. 3 GiB"]
     with pytest.raises(RuntimeError):
         cli.guard(stop, RuntimeError("a bug"))
 
