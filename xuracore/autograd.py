@@ -173,14 +173,22 @@ def walk(seeds, targets=None):
             if saved is _USED:
                 raise GradError(f"the graph through {node.primitive.name!r} {_ALREADY_USED}")
             node.saved = _USED
-            contributions = node.primitive.vjp(gradient, saved, [parent is not None for parent in parents])
-            for parent, contribution in zip(parents, contributions):
+            for parent, contribution in zip(parents, node.primitive.vjp(gradient, saved, parents)):
                 if parent is not None and contribution is not None:
                     if contribution.shape != parent.shape:
                         contribution = _fitted(node, contribution, parent)
                     if contribution.dtype is not parent.dtype:
                         contribution = contribution.astype(parent.dtype)
-                    add(parent, contribution)
+                    known = gradients.get(parent)  # ``add`` again: calling it would cost a tenth
+                    if known is None:
+                        gradients[parent] = contribution
+                        heappush(waiting, (parent.number, parent))
+                    elif parent in owned:
+                        known += contribution
+                        gradients[parent] = known
+                    else:
+                        gradients[parent] = known + contribution
+                        owned.add(parent)
         elif kind is Leaf:
             if targets is None:
                 node.accumulate(gradient)

@@ -25,7 +25,7 @@ class Primitive:
     """Everything there is to know about one op.
 
     forward(*arrays, **attributes) -> (output, saved); a tuple of outputs if ``outputs`` > 1.
-    vjp(grad, saved, needs) -> one gradient per positional input, None where not needed.
+    vjp(grad, saved, needs) -> one gradient per positional input; None, or anything, where needs[i] is false.
     reference(*arrays, **attributes) -> output(s), plain NumPy in float64: what the op means.
     samples(rng) -> iterable of (inputs, attributes), small and float64, edge cases included.
     tolerance : relative difference allowed between the float32 op and its reference.
