@@ -78,6 +78,12 @@ class Tensor:
     def __iter__(self):
         return (self[i] for i in range(len(self)))
 
+    def __setitem__(self, key, value):
+        raise DTypeError(
+            "a tensor is not assigned to: what was computed from it could not know; use ops.where or "
+            "ops.concatenate, or, for a leaf outside a graph, .data[...] = value"
+        )
+
     def __bool__(self):
         return bool(self.data)
 

@@ -531,7 +531,7 @@ def test_threads_train_their_own_models():
 
 @pytest.mark.bench
 def test_a_small_op_costs_little():
-    """Ratios to NumPy's own multiplication on the same machine; a quarter of slack for its noise."""
+    """At most 1.5 µs recorded and 3 µs with its gradient where NumPy takes 0.31 µs; a quarter of slack."""
     code = """
 import time, numpy as np, xuracore as xc
 x, y = (xc.Tensor(np.ones(16, np.float32), requires_grad=True) for _ in range(2))
@@ -552,4 +552,4 @@ print(best(lambda: chain(x, y, x)) / raw, best(lambda: chain(x, y, x).sum().back
 """
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     forward, both = map(float, output.split())
-    assert forward < 1.25 * 4.8 and both < 1.25 * 12
+    assert forward < 1.25 * 4.8 and both < 1.25 * 9.7

@@ -153,37 +153,7 @@ def test_where_nothing_may_be_seen_attention_gives_zeros_and_finite_gradients():
     assert np.isfinite(q.grad).all()
 
 
-# ---------------------------------------------------------------------- footguns
-def test_transposing_with_axes_from_the_end():
-    x = xc.Tensor(np.arange(24.0).reshape(2, 3, 4), requires_grad=True)
-    weight = np.random.default_rng(0).standard_normal((2, 4, 3))
-    (x.transpose(0, -1, 1) * weight).sum().backward()
-    np.testing.assert_array_equal(x.grad, weight.transpose(0, 2, 1))
-
-
-def test_powers_of_zero_have_finite_gradients():
-    slopes = ((0, 0), (0.0, 0), (1, 1), (2, 0), (np.zeros(2), 0), (np.array([1.0, 2.0]), [1, 0]))
-    for exponent, slope in slopes:
-        x = xc.Tensor(np.zeros(2), requires_grad=True)
-        (x**exponent).sum().backward()
-        np.testing.assert_array_equal(x.grad, np.broadcast_to(slope, 2))
-
-
-def test_logsumexp_of_nothing_is_minus_infinity_with_gradient_zero():
-    x = xc.Tensor(np.full((2, 3), -np.inf, np.float32), requires_grad=True)
-    y = ops.logsumexp(x)
-    np.testing.assert_array_equal(y.data, [-np.inf, -np.inf])
-    y.sum().backward()
-    np.testing.assert_array_equal(x.grad, np.zeros((2, 3)))
-
-
-def test_picking_an_element_twice_adds_its_gradients():
-    for key in (np.array([1, 1, -2]), [1, 1, -2], (np.array([1, 1, 1]),)):
-        x = xc.Tensor(np.arange(3.0), requires_grad=True)
-        x[key].sum().backward()
-        np.testing.assert_array_equal(x.grad, [0, 3, 0])
-
-
+# ---------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     "call, message",
     [
