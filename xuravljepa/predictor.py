@@ -18,11 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from xuracore import nn, ops
-from xuracore.config import Config, require
+from xuracore.config import Config, require, require_positive
+from xuracore.errors import ShapeError
 from xuracore.nn import init
 from xuravljepa import angn
 from xuravljepa.layer import Layer
-from xuravljepa.tokenizer import PAD, WORD_BYTES
+from xuravljepa.tokenizer import PAD, VOCABULARY_SIZE, WORD_BYTES
 from xuravljepa.vit import sine_positions
 
 
@@ -46,7 +47,10 @@ class PredictorConfig(Config):
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        require(self.n_read >= 1, f"n_read is {self.n_read}; at least one READ token is needed")
+        require_positive(self, "d_model", "n_layers", "d_state", "expand", "headdim", "vision_dim", "query_dim",
+                         "embed_dim", "n_visual", "n_read", "max_query")
+        require(self.vocab_size >= VOCABULARY_SIZE,
+                f"vocab_size is {self.vocab_size}; bytes and special tokens need {VOCABULARY_SIZE}")
         require(self.d_model * self.expand % self.headdim == 0,
                 f"expand × d_model = {self.d_model * self.expand} is not a multiple of headdim {self.headdim}")
 
@@ -144,6 +148,10 @@ class Predictor(nn.Module):
         mask = None if mask.all() else mask
         modality = np.concatenate([s[2] for s in segments])
         states = [None] * len(self.layers) if states is None else states
+        if len(states) != len(self.layers):
+            raise ShapeError(f"there are {len(states)} states for {len(self.layers)} layers")
+        if bias is not None and not 0 <= bias_layer < len(self.layers):
+            raise ShapeError(f"bias_layer is {bias_layer}; there are {len(self.layers)} layers")
         after = []
         for index, (layer, state) in enumerate(zip(self.layers, states)):
             h, state = layer(h, state, mask, modality)

@@ -22,11 +22,12 @@ class VLJEPAConfig(Config):
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    answers: tuple = ()
-    mean: tuple = (0.5, 0.5, 0.5)
-    std: tuple = (0.5, 0.5, 0.5)
+    answers: tuple[str, ...] = ()
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self):
+        require(min(self.std) > 0, f"std is {self.std}; expected positive numbers")
         width = self.predictor.embed_dim
         require(self.text.embed_dim == width and self.decoder.embed_dim == width,
                 f"embed_dim differs: predictor {width}, text {self.text.embed_dim}, decoder {self.decoder.embed_dim}")
