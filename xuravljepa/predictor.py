@@ -41,6 +41,7 @@ class PredictorConfig(Config):
     vocab_size: int = 264
     embed_dim: int = 1536
     n_visual: int = 197  # visual tokens of a picture, [CLS] included
+    n_salient: int = 0  # patches that are read, the least usual ones; 0: all.  Background drowns what stands out
     n_read: int = 4
     gates: bool = True
     max_query: int = 512  # words and marks of a question; longer ones are refused
@@ -98,6 +99,7 @@ class Predictor(nn.Module):
         self.vision_position = nn.Parameter(_positions(config.n_visual, d))
         self.register_buffer("vision_mean", np.zeros(config.vision_dim, np.float32))
         self.register_buffer("vision_whiten", np.eye(config.vision_dim, dtype=np.float32))
+        self.read_proj = nn.Linear(d, d, bias=False, rng=rng)
         self.read_tokens = nn.Parameter(init.normal((config.n_read, d), rng, 1.0))
         self.layers = nn.ModuleList(Layer(config, rng=rng, gates=config.gates) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(d, config.norm_eps)
@@ -124,16 +126,27 @@ class Predictor(nn.Module):
         self.vision_whiten[:] = (axes * scale) @ axes.T
 
     def _visual(self, visual):
-        visual = (visual - self.vision_mean) @ self.vision_whiten
-        tokens = self.vision_proj(visual)
-        if tokens.shape[1] == self.config.n_visual:  # pictures of another size carry only the encoder's positions
-            tokens = tokens + self.vision_position
+        """(B, 1 + patches, vision_dim) → tokens; with ``n_salient``, [CLS] and the least usual patches in order."""
+        white = (visual - self.vision_mean) @ self.vision_whiten
+        places = np.broadcast_to(np.arange(white.shape[1]), white.shape[:2])
+        kept = self.config.n_salient
+        if 0 < kept < white.shape[1] - 1:
+            surprise = (white[:, 1:] ** 2).sum(axis=-1)  # squared Mahalanobis distance from the usual patch
+            chosen = np.sort(np.argsort(-surprise, axis=1, kind="stable")[:, :kept], axis=1) + 1
+            places = np.concatenate([np.zeros((len(white), 1), chosen.dtype), chosen], axis=1)
+            white = np.take_along_axis(white, places[:, :, None], axis=1)
+        tokens = self.vision_proj(white)
+        if visual.shape[1] == self.config.n_visual:  # pictures of another size carry only the encoder's positions
+            tokens = tokens + ops.embedding(self.vision_position, places)
         return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.VISUAL)
 
-    def _read(self, batch):
-        shape = (batch, *self.read_tokens.shape)
-        tokens = ops.broadcast_to(self.read_tokens, shape=shape)
-        return tokens, np.ones(shape[:2], bool), np.full(shape[1], angn.READ)
+    def _read(self, question):
+        """READ tokens that know from the start what is asked: each is learned, plus the question's bag of words."""
+        words, mask, _ = question
+        weight = (mask / np.sqrt(np.maximum(mask.sum(axis=1, keepdims=True), 1))).astype(words.dtype)[:, :, None]
+        bag = self.read_proj((words * weight).sum(axis=1))
+        tokens = self.read_tokens + bag.reshape(bag.shape[0], 1, bag.shape[1])
+        return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.READ)
 
     def run(self, segments, states=None, bias=None, bias_layer=None):
         """Run segments through the layers.
@@ -176,7 +189,7 @@ class Predictor(nn.Module):
             segments.append(self._visual(visual))
         if tool is not None:
             segments.append(self._query(tool, angn.TOOL))
-        segments += [self._query(query), self._read(len(query))]
+        segments += [segments[0], self._read(segments[0])]
         return self._pool(*self.run(segments))
 
     def look(self, query, visual, states=None):
@@ -190,7 +203,8 @@ class Predictor(nn.Module):
 
     def read(self, query, states, bias=None, bias_layer=None):
         """[query][READ] from given states → :class:`Reading`; ``look`` then ``read`` equals ``forward``."""
-        h, states = self.run([self._query(query), self._read(len(query))], states, bias, bias_layer)
+        question = self._query(query)
+        h, states = self.run([question, self._read(question)], states, bias, bias_layer)
         return self._pool(h, states)
 
     def gate_activation(self):

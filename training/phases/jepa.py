@@ -20,6 +20,9 @@ from xuravljepa.model import contrastive_loss
 from xuravljepa.tokenizer import PAD
 
 
+LESSON_TYPES = ("shape", "size", "horizontal", "vertical")
+
+
 @dataclass(frozen=True)
 class Example:
     """One question as the model will see it; ``tool`` is the text of a result, or None."""
@@ -38,11 +41,11 @@ class QuestionBatches:
     the texts in which the tool says another number than the list: its word counts.
     """
 
-    def __init__(self, model, rows, features, batch_size, seed=0, turns=4, tool_share=0.3, told=0.3, rumour=0.5,
-                 numbers=31):
+    def __init__(self, model, rows, features, batch_size, seed=0, turns=4, lesson=0, tool_share=0.3, told=0.3,
+                 rumour=0.5, numbers=31):
         self._model, self._features, self._seed = model, features, seed
         self._tool_share, self._told, self._rumour, self._numbers = tool_share, told, rumour, numbers
-        plain, self._tools = {}, {}
+        plain, self._tools, self._lesson = {}, {}, lesson
         for row in rows:
             if row.query and row.answer is not None:
                 kind = plain if row.tool is None else self._tools
@@ -65,9 +68,12 @@ class QuestionBatches:
             return Example(row, said, said)
         return Example(row, row.answer, str(row.tool["result"]))
 
-    def _rows(self, picture, rng):
+    def _rows(self, picture, rng, lesson):
         """``turns`` different questions about a picture, a tool question first where one is drawn."""
         plain, tools = self._plain.get(picture, []), self._tools.get(picture, [])
+        easy = [row for row in plain if row.type in LESSON_TYPES] if lesson else []
+        if easy:
+            plain, tools = easy, []
         first = [tools[rng.integers(len(tools))]] if tools and (not plain or rng.random() < self._tool_share) else []
         if not plain:
             return [first[0]] * self.turns
@@ -77,7 +83,7 @@ class QuestionBatches:
     def batch(self, step):
         """A list of turns, each as ``collate`` gives it; only the first has "visual" and "tool"."""
         rng = generator(self._seed, 1, step)
-        by_picture = [self._rows(picture, rng) for picture in self._batches.rows_of(step)]
+        by_picture = [self._rows(picture, rng, step < self._lesson) for picture in self._batches.rows_of(step)]
         first = collate(self._model, [self._example(rows[0], rng) for rows in by_picture], self._features)
         later = [collate(self._model, [Example(rows[turn], rows[turn].answer, None) for rows in by_picture], None)
                  for turn in range(1, self.turns)]

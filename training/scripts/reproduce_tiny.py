@@ -34,7 +34,7 @@ def phases(root, seed):
     common = ["--seed", str(seed)]
     return [
         ("vit", pretrain_vit.main, ["--steps", "3000", *common]),
-        ("jepa", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "9000", *common]),
+        ("jepa", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "5000", *common]),
         ("decoder", train_decoder.main,
          ["--model", f"{root}/jepa/model", "--scenes", "1500", "--steps", "1200", *common]),
         ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "1500", *common]),

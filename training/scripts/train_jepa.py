@@ -83,11 +83,13 @@ def accuracy_by_type(model, rows, features, batch_size=256):
 
 
 def main(argv=None):
-    parser = options.training_parser(__doc__, EPILOG, steps=9000, batch_size=32, lr=1.5e-3, warmup=200,
+    parser = options.training_parser(__doc__, EPILOG, steps=5000, batch_size=32, lr=2e-3, warmup=200,
                                      weight_decay=0.02, output_dir="runs/jepa")
     parser.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the frozen X-Encoder's weights")
-    parser.add_argument("--turns", type=options.positive, default=4, metavar="N",
-                        help="questions per picture in one sequence (default 4)")
+    parser.add_argument("--turns", type=options.positive, default=8, metavar="N",
+                        help="questions per picture in one sequence (default 8)")
+    parser.add_argument("--lesson", type=int, default=600, metavar="BATCHES",
+                        help="begin with so many batches of the simplest generated questions (default 600)")
     parser.add_argument("--temperature", type=float, default=0.07, help="start of the learned temperature")
     parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
     parser.add_argument("--y-encoder-lr-multiplier", type=float, default=1.0,
@@ -117,7 +119,8 @@ def main(argv=None):
 
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
     model.predictor.fit_vision(features.tokens[:2000])
-    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns)
+    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns,
+                                   args.lesson)
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
     held = held_rows[:: max(1, len(held_rows) // 3000)]
