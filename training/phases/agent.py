@@ -106,12 +106,12 @@ def card_embeddings(model, cards):
 
 # ---------------------------------------------------------------------- stage 2: the monitor
 @no_grad()
-def gather_readings(model, heads, rows, features, batch_size=64, inject=True, corrupt=None, report=None):
+def gather_readings(model, heads, rows, features, batch_size=64, inject=True, report=None):
     """The model's readings of rows as monitor features and labels.
 
     Each row is read once; tool rows are read again with the tool's text injected.  Returns a dict of arrays:
     features (n, f), wrong (n,) 0/1, depth (n,), top (n,) greatest probability of the answers' softmax,
-    row (n,) index into rows.   corrupt : function (pixels array, rng) → pixels, applied to the picture.
+    row (n,) index into rows.   inject : whether to read tool rows again.
     """
     found = {"features": [], "wrong": [], "depth": [], "top": [], "row": []}
     answers = np.array(model.config.answers)
@@ -127,8 +127,7 @@ def gather_readings(model, heads, rows, features, batch_size=64, inject=True, co
         told = [i for i, row in enumerate(chosen) if row.tool] if inject else []
         if told:
             said = [str(chosen[i].tool["result"]) for i in told]
-            before = [type(state)(*(part.data[told] for part in state)) for state in states]
-            before = [type(state)(*map(_tensor, state)) for state in before]
+            before = [type(state)(*(part[np.array(told)] for part in state)) for state in states]
             after = heads.injector(model.encode_answers(said), before)
             again = model.predictor.read(batch["query"][told], after)
             _note(found, model, again, strangeness[told], answers, truth[told], index[told], 1,
@@ -136,12 +135,6 @@ def gather_readings(model, heads, rows, features, batch_size=64, inject=True, co
         if report is not None:
             report(start + len(chosen), len(rows))
     return {name: np.concatenate(parts) for name, parts in found.items()}
-
-
-def _tensor(array):
-    from xuracore.tensor import Tensor
-
-    return Tensor(array)
 
 
 def _note(found, model, reading, strangeness, answers, truth, index, depth, change):

@@ -14,7 +14,7 @@ from training.data.dataset import Dataset
 from training.data.tools_data import write_price_list
 from training.phases import agent as phase
 from training.phases.common import FeatureStore
-from xuracore import io
+from xuracore import io, no_grad
 from xuracore.errors import ConfigError
 from xuravljepa.agent.agent import save_heads
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
@@ -36,6 +36,9 @@ examples:
 """
 
 
+UNTESTED = 100_000  # corrupted scenes from this number on: evaluation never gets so far
+
+
 def tool_cards():
     """{tool: its description}, from the tools' own registration."""
     registry = ToolRegistry()
@@ -43,16 +46,16 @@ def tool_cards():
     return {tool.name: tool.description for tool in registry}
 
 
-def monitor_readings(model, heads, args, scenes, split, pools, start, types=None):
-    """Readings of plain and tool questions about scenes of a split, and of strange pictures."""
-    plain = Dataset.scenes(split, scenes, args.data_seed, start=start, types=types).rows
+def monitor_readings(model, heads, args, scenes, split, start):
+    """Readings of plain and tool questions about scenes of a split, and the rows they belong to."""
+    plain = Dataset.scenes(split, scenes, args.data_seed, start=start).rows
     plain = plain[:: max(1, len(plain) // (6 * scenes))]  # about six questions a scene
-    tools = Dataset.tools(split, scenes, args.data_seed, start=start, pools=pools).rows
+    tools = Dataset.tools(split, scenes, args.data_seed, start=start, pools=("known", "calib")).rows
     rows = [*plain, *tools]
     features = FeatureStore(model, rows, report=options.counter(args, f"{split} pictures encoded"))
-    found = phase.gather_readings(model, heads, rows, features, report=options.counter(args, f"{split} questions read"))
-    found["rows"] = rows
-    return found
+    found = phase.gather_readings(model, heads, rows, features,
+                                  report=options.counter(args, f"{split} questions read"))
+    return {**found, "rows": rows}
 
 
 def main(argv=None):
@@ -64,7 +67,7 @@ def main(argv=None):
     parser.add_argument("--injection-weight", type=float, default=0.5)
     parser.add_argument("--monitor-steps", type=options.positive, default=1500)
     parser.add_argument("--stage", choices=("all", "injection"), default="all",
-                        help="'injection' stops after stage 1, to compare the modes")
+                        help="'injection' stops after stage 1, to compare the modes; the residual mode always does")
     args = parser.parse_args(argv)
     options.prepare(args)
     if args.data_dir:
@@ -103,21 +106,21 @@ def main(argv=None):
     if result.reason != "finished":
         return result.exit_code
     report = {"injection": evaluate(heads, result.step)}
-    if args.stage == "injection":
+    if args.stage == "injection" or args.injection_mode == "residual":
         io.save_json(output / "metrics.json", report)
         print(json.dumps(report))
         return 0
 
     # ------------------------------------------------------------------ stage 2
     scenes = 24 if args.tiny else 1500
-    found = monitor_readings(model, heads, args, scenes, "calib", ("known", "calib"), 0)
-    strange = phase.strange_readings(model, heads, found["rows"], scenes, args.data_seed)
-    inputs = np.concatenate([found["features"], strange])
-    wrong = np.concatenate([found["wrong"], np.ones(len(strange), np.int64)])
-    # a picture belongs to one part only: its index decides
-    picture = np.array([found["rows"][i].image.index for i in found["row"]])
-    picture = np.concatenate([picture, np.arange(len(strange))])
-    fitting = picture % 3 != 0
+    parts = [monitor_readings(model, heads, args, scenes, "calib", 0),
+             monitor_readings(model, heads, args, scenes // 3, "corrupt", UNTESTED)]
+    strange = phase.strange_readings(model, heads, parts[0]["rows"], scenes, args.data_seed)
+    inputs = np.concatenate([*(part["features"] for part in parts), strange])
+    wrong = np.concatenate([*(part["wrong"] for part in parts), np.ones(len(strange), np.int64)])
+    # a picture belongs to one part only: its number decides
+    picture = [[part["rows"][i].image.index for i in part["row"]] for part in parts]
+    fitting = np.concatenate([*picture, np.arange(len(strange))]) % 3 != 0
     heads.monitor.fit_scale(inputs[fitting])
     heads.requires_grad_(False)
     heads.monitor.requires_grad_()
@@ -128,13 +131,11 @@ def main(argv=None):
                                     output_dir=output / "monitor", describe={**description, "stage": 2})
     if result.reason != "finished":
         return result.exit_code
-    from xuracore import no_grad
-
     with no_grad():
         logits = heads.monitor(inputs[~fitting]).data
     heads.monitor.calibrate(logits, wrong[~fitting])
     p = heads.monitor.p_wrong(inputs[~fitting])
-    fixes, breaks = phase.usefulness(found)
+    fixes, breaks = phase.usefulness(parts[0])
     report["monitor"] = {"auroc": metrics.auroc(p, wrong[~fitting]), "temperature": float(heads.monitor.temperature),
                          "fixes": fixes, "breaks": breaks}
     heads.config = config.replace(fixes=fixes, breaks=breaks)
