@@ -266,10 +266,10 @@ def value_and_grad(function, argnums=0):
         for i in positions:
             if not -len(arguments) <= i < len(arguments):
                 raise GradError(f"there is no argument {i}: {len(arguments)} were given by position")
-            data = np.asarray(_data(arguments[i]))
-            if data.dtype.kind != "f":
-                raise DTypeError(f"argument {i} is {data.dtype}; only floating-point ones have gradients")
-            arguments[i] = Tensor(data, requires_grad=True)
+            given = Tensor(arguments[i])
+            if given.dtype.kind != "f":
+                raise DTypeError(f"argument {i} is {given.dtype}; only floating-point ones have gradients")
+            arguments[i] = given.requires_grad_()
         with enable_grad():
             value = function(*arguments, **keywords)
         if not isinstance(value, Tensor):

@@ -242,6 +242,8 @@ def test_value_and_grad():
     np.testing.assert_array_equal(to_b, a * a)
     np.testing.assert_array_equal(xc.grad(f, argnums=1)(a, b), a * a)
     np.testing.assert_array_equal(xc.grad(f, argnums=-1)(xc.Tensor(a), xc.Tensor(b)), a * a)
+    assert xc.grad(lambda x: x * x)(3.0).dtype == np.float32
+    assert xc.grad(lambda x: x * x)(np.float64(3)).dtype == np.float64
 
 
 def test_value_and_grad_leaves_other_gradients_alone():
