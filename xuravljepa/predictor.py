@@ -41,19 +41,20 @@ class PredictorConfig(Config):
     vocab_size: int = 264
     embed_dim: int = 1536
     n_visual: int = 197  # visual tokens of a picture, [CLS] included
-    n_salient: int = 0  # patches that are read, the least usual ones; 0: all.  Background drowns what stands out
+    n_salient: int = 0  # patches that are read, the least usual; 0: all.  Background drowns what stands out
     n_read: int = 4
     gates: bool = True
     max_query: int = 512  # words and marks of a question; longer ones are refused
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        require_positive(self, "d_model", "n_layers", "d_state", "expand", "headdim", "vision_dim", "query_dim",
-                         "embed_dim", "n_visual", "n_read", "max_query")
+        require_positive(self, "d_model", "n_layers", "d_state", "expand", "headdim", "vision_dim",
+                         "query_dim", "embed_dim", "n_visual", "n_read", "max_query")
+        require(self.n_salient >= 0, f"n_salient is {self.n_salient}; expected 0, for all, or more")
         require(self.vocab_size >= VOCABULARY_SIZE,
                 f"vocab_size is {self.vocab_size}; bytes and special tokens need {VOCABULARY_SIZE}")
         require(self.d_model * self.expand % self.headdim == 0,
-                f"expand × d_model = {self.d_model * self.expand} is not a multiple of headdim {self.headdim}")
+                f"expand × d_model {self.d_model * self.expand} is not a multiple of headdim {self.headdim}")
 
 
 class WordEmbedding(nn.Module):
@@ -101,7 +102,8 @@ class Predictor(nn.Module):
         self.register_buffer("vision_whiten", np.eye(config.vision_dim, dtype=np.float32))
         self.read_proj = nn.Linear(d, d, bias=False, rng=rng)
         self.read_tokens = nn.Parameter(init.normal((config.n_read, d), rng, 1.0))
-        self.layers = nn.ModuleList(Layer(config, rng=rng, gates=config.gates) for _ in range(config.n_layers))
+        layers = (Layer(config, rng=rng, gates=config.gates) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(layers)
         self.final_norm = nn.RMSNorm(d, config.norm_eps)
         self.pred_head = nn.Linear(d, config.embed_dim, rng=rng)
 
@@ -115,8 +117,8 @@ class Predictor(nn.Module):
         """Choose the fixed map that whitens visual tokens (n, 1 + patches, vision_dim) of training pictures.
 
         A frozen encoder spends most of its variance on a few facts; whitened, the others are learned as
-        fast.  Directions of less than ``floor`` of the mean variance are treated as if they had that much, so
-        that noise is not made large.
+        fast.  ``floor`` times the mean variance is added to that of every direction, so that noise is not
+        made large.
         """
         flat = visual.reshape(-1, visual.shape[-1]).astype(np.float64)
         mean = flat.mean(axis=0)
@@ -126,7 +128,7 @@ class Predictor(nn.Module):
         self.vision_whiten[:] = (axes * scale) @ axes.T
 
     def _visual(self, visual):
-        """(B, 1 + patches, vision_dim) → tokens; with ``n_salient``, [CLS] and the least usual patches in order."""
+        """(B, 1 + patches, vision_dim) array → tokens: [CLS] and, in order, the patches that are read."""
         white = (visual - self.vision_mean) @ self.vision_whiten
         places = np.broadcast_to(np.arange(white.shape[1]), white.shape[:2])
         kept = self.config.n_salient
@@ -136,15 +138,16 @@ class Predictor(nn.Module):
             places = np.concatenate([np.zeros((len(white), 1), chosen.dtype), chosen], axis=1)
             white = np.take_along_axis(white, places[:, :, None], axis=1)
         tokens = self.vision_proj(white)
-        if visual.shape[1] == self.config.n_visual:  # pictures of another size carry only the encoder's positions
+        if visual.shape[1] == self.config.n_visual:  # others carry only the encoder's positions
             tokens = tokens + ops.embedding(self.vision_position, places)
         return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.VISUAL)
 
     def _read(self, question):
-        """READ tokens that know from the start what is asked: each is learned, plus the question's bag of words."""
+        """READ tokens that know from the start what is asked: each is learned, plus the question's words."""
         words, mask, _ = question
-        weight = (mask / np.sqrt(np.maximum(mask.sum(axis=1, keepdims=True), 1))).astype(words.dtype)[:, :, None]
-        bag = self.read_proj((words * weight).sum(axis=1))
+        count = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+        weight = mask / np.sqrt(count)  # a sum of n words grows as √n
+        bag = self.read_proj((words * weight[:, :, None]).sum(axis=1))
         tokens = self.read_tokens + bag.reshape(bag.shape[0], 1, bag.shape[1])
         return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.READ)
 

@@ -30,9 +30,11 @@ class VLJEPAConfig(Config):
         require(min(self.std) > 0, f"std is {self.std}; expected positive numbers")
         width = self.predictor.embed_dim
         require(self.text.embed_dim == width and self.decoder.embed_dim == width,
-                f"embed_dim differs: predictor {width}, text {self.text.embed_dim}, decoder {self.decoder.embed_dim}")
+                f"embed_dim differs: predictor {width}, text {self.text.embed_dim}, "
+                f"decoder {self.decoder.embed_dim}")
         require(self.predictor.vision_dim == self.vision.d_model,
-                f"predictor.vision_dim {self.predictor.vision_dim} is not vision.d_model {self.vision.d_model}")
+                f"predictor.vision_dim {self.predictor.vision_dim} is not "
+                f"vision.d_model {self.vision.d_model}")
         require(self.predictor.n_visual == 1 + self.vision.n_patches,
                 f"predictor.n_visual {self.predictor.n_visual} is not 1 + {self.vision.n_patches} patches")
 
@@ -41,11 +43,13 @@ class VLJEPAConfig(Config):
         """About 1.1 M parameters: learns generated scenes on two cores within the hour."""
         return cls(
             vision=VitConfig.tiny(),
-            predictor=PredictorConfig(d_model=96, n_layers=4, d_state=32, headdim=32, vision_dim=96, query_dim=64,
-                                      embed_dim=64, n_visual=65, n_salient=16, n_read=2, max_query=64),
-            text=TextEncoderConfig(d_model=64, n_layers=1, d_state=16, headdim=32, max_length=64, embed_dim=64),
-            decoder=DecoderConfig(d_model=64, n_layers=2, d_state=16, headdim=32, prefix_length=4, max_length=64,
-                                  embed_dim=64),
+            predictor=PredictorConfig(d_model=96, n_layers=4, d_state=32, headdim=32, vision_dim=96,
+                                      query_dim=64, embed_dim=64, n_visual=65, n_salient=16, n_read=2,
+                                      max_query=64),
+            text=TextEncoderConfig(d_model=64, n_layers=1, d_state=16, headdim=32, max_length=64,
+                                   embed_dim=64),
+            decoder=DecoderConfig(d_model=64, n_layers=2, d_state=16, headdim=32, prefix_length=4,
+                                  max_length=64, embed_dim=64),
         )
 
     @classmethod

@@ -82,8 +82,8 @@ class ByteTokenizer:
             rows += [ids[start:start + width] for start in range(0, len(ids), width)]
         if max_words is not None and len(rows) > max_words:
             shown = text if len(text) <= 60 else text[:57] + "..."
-            raise ShapeError(f"the text has {len(rows)} words and marks, the limit is {max_words}: {shown!r}; "
-                             "shorten it or raise the limit")
+            raise ShapeError(f"the text has {len(rows)} words and marks, the limit is {max_words}: {shown!r}"
+                             "; shorten it or raise the limit")
         return pad_rows(rows, width)
 
     def decode(self, ids):

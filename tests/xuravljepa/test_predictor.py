@@ -149,6 +149,41 @@ def test_gradients_flow_into_the_states_that_are_read():
     assert xc.gradcheck(read, [state.h.data])
 
 
+# ---------------------------------------------------------------------- which patches are read
+def test_the_least_usual_patches_are_read_in_their_places():
+    """Patches 2 and 4 stand out; what the others hold does not matter as long as they stay usual."""
+    model, query = predictor(n_salient=2), words(QUESTIONS[:1])
+    visual = pictures(1) * 0.1
+    visual[:, [2, 4]] += 3
+    seen = model(query, visual).embedding.data
+    usual, salient, exchanged = visual.copy(), visual.copy(), visual.copy()
+    usual[:, [1, 3]] *= -1
+    salient[:, 4] *= 1.1
+    exchanged[:, [2, 3]] = visual[:, [3, 2]]
+    np.testing.assert_allclose(model(query, usual).embedding.data, seen, atol=2e-5)
+    assert abs(model(query, salient).embedding.data - seen).max() > 1e-4
+    assert abs(model(query, exchanged).embedding.data - seen).max() > 1e-4  # its place is part of it
+    together = model(words(QUESTIONS[:1] * 2), np.concatenate([visual, exchanged])).embedding.data
+    np.testing.assert_allclose(together[:1], seen, atol=2e-5)
+
+
+def test_whitened_tokens_have_mean_zero_and_unit_spread_in_every_direction():
+    rng = np.random.default_rng(0)
+    visual = (rng.standard_normal((400, 5, 6)) @ rng.standard_normal((6, 6)) * 5 + 7).astype(np.float32)
+    model = predictor()
+    model.fit_vision(visual, floor=0.0)
+    white = ((visual - model.vision_mean) @ model.vision_whiten).reshape(-1, 6)
+    np.testing.assert_allclose(white.mean(axis=0), 0, atol=1e-3)
+    np.testing.assert_allclose(np.cov(white.T), np.eye(6), atol=1e-2)
+    model.fit_vision(visual)  # with the floor, weak directions stay weaker
+    white = ((visual - model.vision_mean) @ model.vision_whiten).reshape(-1, 6)
+    spread = np.linalg.eigvalsh(np.cov(white.T))
+    assert 0 < spread[0] < spread[-1] < 1
+    constant = np.ones((3, 5, 6), np.float32)
+    model.fit_vision(constant + rng.standard_normal((3, 5, 1)).astype(np.float32) * 1e-3)
+    assert np.isfinite(model(words(QUESTIONS), constant).pooled.data).all()
+
+
 # ---------------------------------------------------------------------- gates
 def test_new_gates_are_exactly_open():
     gated = Predictor(CONFIG, rng=np.random.default_rng(0))
@@ -208,6 +243,7 @@ def test_nonsense_is_refused():
         model.read(query, model.look(query, pictures()), xc.Tensor(np.zeros((3, 16), np.float32)), 2)
     for changes, message in (
         ({"n_read": 0}, "n_read is 0"),
+        ({"n_salient": -1}, "n_salient is -1"),
         ({"headdim": 5}, "not a multiple of headdim 5"),
         ({"n_layers": 0}, "n_layers is 0"),
         ({"headdim": 0}, "headdim is 0"),

@@ -40,7 +40,7 @@ def _attention_forward(q, k, v, mask=None, causal=False, scale=None):
     A row that may see nothing gives zeros.  Raises ShapeError, DTypeError for a mask that is not boolean.
     """
     if min(q.ndim, k.ndim, v.ndim) != 4 or max(q.ndim, k.ndim, v.ndim) != 4 or not k.shape[1]:
-        raise ShapeError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}; each needs four axes, and k a head")
+        raise ShapeError(f"attention: q {q.shape}, k {k.shape}, v {v.shape}: each has four axes, k a head")
     if q.shape[-1] != k.shape[-1] or k.shape[:-1] != v.shape[:-1] or q.shape[1] % k.shape[1]:
         raise ShapeError(f"attention: q {q.shape}, k {k.shape}, v {v.shape} do not fit together")
     batch, heads, length, width = q.shape

@@ -102,7 +102,7 @@ def _einsum_forward(*operands, equation):
     for i, term in enumerate(terms):
         elsewhere = output + "".join(terms[:i] + terms[i + 1 :])
         if len(set(term)) != len(term) or any(index not in elsewhere for index in term):
-            raise ShapeError(f"einsum {equation!r}: {term!r} repeats an index, or has one that is nowhere else")
+            raise ShapeError(f"einsum {equation!r}: {term!r} repeats an index, or one of its is nowhere else")
     try:
         return np.einsum(equation, *operands, optimize=len(operands) > 1), (operands, terms, output)
     except ValueError as error:
