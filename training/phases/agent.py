@@ -48,7 +48,7 @@ def tool_names(rows):
     return tuple(sorted({row.tool["name"] for row in rows if row.tool}))
 
 
-def injection_objective(model, cards, weight_state=0.5, weight_answer=1.0, weight_tool=1.0):
+def injection_objective(model, cards, weight_state=4.0, weight_answer=1.0, weight_tool=1.0):
     """The loss of stage 1 over a module with ``injector`` and ``selector``.
 
     cards : {tool name: text that describes it}.

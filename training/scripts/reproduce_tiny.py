@@ -36,8 +36,8 @@ def phases(root, seed):
         ("vit", pretrain_vit.main, ["--steps", "3000", *common]),
         ("jepa", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "5000", *common]),
         ("decoder", train_decoder.main,
-         ["--model", f"{root}/jepa/model", "--scenes", "1500", "--steps", "1200", *common]),
-        ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "1500", *common]),
+         ["--model", f"{root}/jepa/model", "--scenes", "600", "--steps", "1000", *common]),
+        ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "1000", *common]),
     ]
 
 

@@ -31,7 +31,7 @@ part of those sets its temperature.
 
 examples:
   python training/scripts/train_agent.py --tiny --steps 40
-  python training/scripts/train_agent.py --model runs/decoder/model --steps 1500
+  python training/scripts/train_agent.py --model runs/decoder/model --steps 1000
   python training/scripts/train_agent.py --model runs/decoder/model --injection-mode residual   the earlier design
 """
 
@@ -59,12 +59,13 @@ def monitor_readings(model, heads, args, scenes, split, start):
 
 
 def main(argv=None):
-    parser = options.training_parser(__doc__, EPILOG, steps=1500, batch_size=32, lr=2e-3, warmup=100,
+    parser = options.training_parser(__doc__, EPILOG, steps=1000, batch_size=32, lr=4e-3, warmup=100,
                                      weight_decay=0.01, output_dir="runs/agent")
     parser.add_argument("--model", "--phase2-checkpoint", default=None, metavar="DIR",
                         help="folder of the model that phase 2 wrote (default runs/decoder/model)")
     parser.add_argument("--injection-mode", choices=("state", "residual"), default="state")
-    parser.add_argument("--injection-weight", type=float, default=0.5)
+    parser.add_argument("--injection-weight", type=float, default=4.0,
+                        help="of the unexplained state difference, beside the answer's cross-entropy (default 4)")
     parser.add_argument("--monitor-steps", type=options.positive, default=1500)
     parser.add_argument("--stage", choices=("all", "injection"), default="all",
                         help="'injection' stops after stage 1, to compare the modes; the residual mode always does")

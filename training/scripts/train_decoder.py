@@ -20,12 +20,12 @@ inference it sees predictions.
 
 examples:
   python training/scripts/train_decoder.py --tiny --steps 50
-  python training/scripts/train_decoder.py --model runs/jepa/model --scenes 1500 --steps 1500
+  python training/scripts/train_decoder.py --model runs/jepa/model --scenes 600 --steps 1000
 """
 
 
 def main(argv=None):
-    parser = options.training_parser(__doc__, EPILOG, steps=1500, batch_size=64, lr=2e-3, warmup=100,
+    parser = options.training_parser(__doc__, EPILOG, steps=1000, batch_size=64, lr=2e-3, warmup=100,
                                      weight_decay=0.01, output_dir="runs/decoder")
     parser.add_argument("--model", "--phase1-checkpoint", default=None, metavar="DIR",
                         help="folder of the model that phase 1 wrote (default runs/jepa/model; with --tiny the "
@@ -36,7 +36,7 @@ def main(argv=None):
     options.prepare(args)
     source = args.model or ("tiny" if args.tiny and (SHIPPED / "tiny").exists() else "runs/jepa/model")
     model = VLJEPA.from_pretrained(source)
-    args.scenes = args.scenes or (40 if args.tiny else 1500)
+    args.scenes = args.scenes or (40 if args.tiny else 600)
     train_rows, held_rows, _ = data_sets(args)
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
     options.say(args, f"predicting the answers of {len(train_rows):,} questions")
