@@ -135,6 +135,7 @@ def main(argv=None):
     with no_grad():
         logits = heads.monitor(inputs[~fitting]).data
     heads.monitor.calibrate(logits, wrong[~fitting])
+    heads.monitor.fit_limit(np.concatenate([part["features"] for part in parts]))  # scenes, strange ones left out
     p = heads.monitor.p_wrong(inputs[~fitting])
     fixes, breaks = phase.usefulness(parts[0])
     report["monitor"] = {"auroc": metrics.auroc(p, wrong[~fitting]), "temperature": float(heads.monitor.temperature),

@@ -16,6 +16,7 @@ from xuracore.tensor import Tensor
 
 NUMBERS = ("top cosine", "margin", "entropy", "top probability", "gate", "strangeness of [CLS]",
            "mean strangeness of patches", "greatest strangeness of a patch", "depth", "state change")
+UNCHARTED = 0.9  # least p(wrong) for a picture unlike all that the monitor was calibrated on
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class ConfusionMonitor(nn.Module):
         self.register_buffer("feature_mean", np.zeros(width, np.float32))
         self.register_buffer("feature_std", np.ones(width, np.float32))
         self.register_buffer("temperature", np.ones((), np.float32))
+        # finite, because files and reports want numbers; far above what any picture reaches
+        self.register_buffer("strangest_known", np.full((), 1e6, np.float32))
         self.hidden = nn.Linear(width, config.hidden, rng=rng)
         self.output = nn.Linear(config.hidden, 1, rng=rng)
 
@@ -96,12 +99,25 @@ class ConfusionMonitor(nn.Module):
             low, high = (low, b) if loss(a) < loss(b) else (a, high)
         self.temperature[...] = np.exp((low + high) / 2)
 
+    def fit_limit(self, features):
+        """Remember the strangest picture of ``features`` (n, f): beyond it nothing was calibrated."""
+        self.strangest_known[...] = features[:, self._strangeness].max()
+
+    @property
+    def _strangeness(self):
+        return self.config.read_dim + NUMBERS.index("mean strangeness of patches")
+
     @no_grad()
     def p_wrong(self, features):
-        """Calibrated probability (B,) that the answer is wrong; 1 for features that are not numbers."""
+        """Calibrated probability (B,) that the answer is wrong; 1 for features that are not numbers.
+
+        For a picture stranger than any that the calibration saw it is at least ``UNCHARTED``: the network
+        was never asked to extrapolate, and must not sound sure where it does.
+        """
         z = self(features).data.astype(np.float64) / float(self.temperature)
         p = 0.5 + 0.5 * np.tanh(0.5 * z)  # the logistic function, without overflow
-        return np.where(np.isnan(p), 1.0, p)
+        beyond = features[:, self._strangeness] > float(self.strangest_known)
+        return np.where(np.isnan(p), 1.0, np.where(beyond, np.maximum(p, UNCHARTED), p))
 
 
 def monitor_features(pooled, cosines, scale, gate, strangeness, depth=0, change=0.0):

@@ -5,7 +5,9 @@ import pytest
 
 import xuracore as xc
 from xuracore.errors import ConfigError, ShapeError
-from xuravljepa.agent.confusion import NUMBERS, ConfusionMonitor, Familiarity, MonitorConfig, monitor_features
+from xuravljepa.agent.confusion import (
+    NUMBERS, UNCHARTED, ConfusionMonitor, Familiarity, MonitorConfig, monitor_features,
+)
 
 CONFIG = MonitorConfig(read_dim=5, vision_dim=4, hidden=8)
 WIDTH = 5 + len(NUMBERS)
@@ -178,3 +180,14 @@ def test_what_was_fitted_is_part_of_the_state():
 def test_sizes_are_positive():
     with pytest.raises(ConfigError, match="hidden is 0"):
         MonitorConfig(hidden=0)
+
+
+def test_a_picture_beyond_all_that_was_calibrated_is_never_answered_with_confidence():
+    monitor = ConfusionMonitor(MonitorConfig(read_dim=4, vision_dim=4, hidden=4))
+    features = np.random.default_rng(0).standard_normal((50, 4 + len(NUMBERS))).astype(np.float32)
+    monitor.output.bias.data[:] = -5  # sure of everything
+    monitor.fit_limit(features)
+    assert (monitor.p_wrong(features) < UNCHARTED).all()
+    features[7, 4 + NUMBERS.index("mean strangeness of patches")] += 100
+    p = monitor.p_wrong(features)
+    assert p[7] >= UNCHARTED and (np.delete(p, 7) < UNCHARTED).all()
