@@ -120,7 +120,7 @@ def main(argv=None):
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
     model.predictor.fit_vision(features.tokens[:2000])
     batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns,
-                                   args.lesson)
+                                   0 if args.tiny else args.lesson)
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
     held = held_rows[:: max(1, len(held_rows) // 3000)]
