@@ -183,7 +183,8 @@ open({str(cache)!r}, "w").close()
 @needs_numba
 def test_several_processes_may_start_at_once(tmp_path):
     (tmp_path / "program.py").write_text(KERNEL + COUNT)
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(PACKAGE.parent)}
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(PACKAGE.parent),
+                                "XURA_KERNELS": "auto"}  # whatever the tests themselves run with
     command = [sys.executable, str(tmp_path / "program.py")]
     processes = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE) for _ in range(3)]
     for process in processes:
