@@ -10,7 +10,7 @@ if not __package__:  # run by path: import the packages that this script lies be
 
 from training import evaluate, options
 from xuracore import io, set_num_threads
-from xuravljepa.agent.agent import Agent
+from xuravljepa.agent.agent import Agent, load_heads
 
 EPILOG = """\
 examples:
@@ -49,6 +49,8 @@ def main(argv=None):
     parser.add_argument("--scenes", type=options.positive, default=600, metavar="N", help="test scenes (default 600)")
     parser.add_argument("--data-seed", type=int, default=0, metavar="N")
     parser.add_argument("--only", choices=("scenes", "doubt", "tools", "injection"), help="one part instead of all")
+    parser.add_argument("--heads", metavar="DIR", help="other heads to compare the injection with, from a run of "
+                        "train_agent.py --injection-mode residual or --stage injection")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there")
     parser.add_argument("--threads", type=options.positive, metavar="N")
     parser.add_argument("--quiet", action="store_true", help="no progress")
@@ -71,6 +73,10 @@ def main(argv=None):
     if agent.trained and agent.heads.config.cards and "injection" in wanted:
         result["injection"] = evaluate.injection_report(agent.model, agent.heads, max(args.scenes // 3, 1), seed)
         print(f"Taking in what a tool said\n{dict_table(result['injection'], '  ')}\n")
+        if args.heads:
+            other = load_heads(agent.model, args.heads)
+            result["compared"] = evaluate.injection_report(agent.model, other, max(args.scenes // 3, 1), seed)
+            print(f"The same with {args.heads}\n{dict_table(result['compared'], '  ')}\n")
     if args.json:
         io.save_json(Path(args.json), result)
     return 0

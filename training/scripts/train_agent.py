@@ -108,6 +108,7 @@ def main(argv=None):
         return result.exit_code
     report = {"injection": evaluate(heads, result.step)}
     if args.stage == "injection" or args.injection_mode == "residual":
+        save_heads(heads, output)  # for evaluate.py --heads
         io.save_json(output / "metrics.json", report)
         print(json.dumps(report))
         return 0

@@ -84,12 +84,10 @@ class Agent:
         model = VLJEPA.from_pretrained(source)
         if not (folder / "agent.json").exists():
             return cls(model, recursion=recursion, name=str(source))
-        config = AgentConfig.from_dict(io.load_json(folder / "agent.json"))
-        _check_fit(config, AgentConfig.for_model(model.config), folder / "agent.json")
-        heads = AgentHeads(config, model.config.predictor)
-        heads.load_state_dict(io.load_safetensors(folder / "agent.safetensors"))
+        heads = load_heads(model, folder)
         agent = cls(model, heads, recursion=recursion, name=str(source))
         if (folder / "prices.json").exists():
+            config = heads.config
             use = Usefulness(config.fixes, config.breaks, config.cost)
             register_scene_tools(agent.tools, KnowledgeBase.from_json(folder / "prices.json"), usefulness=use)
             agent._prices = (folder / "prices.json").read_bytes()
@@ -266,6 +264,16 @@ def save_heads(heads, directory):
     directory = Path(directory)
     io.save_safetensors(directory / "agent.safetensors", heads.state_dict())
     io.save_json(directory / "agent.json", heads.config.to_dict())
+
+
+def load_heads(model, directory):
+    """The AgentHeads that ``save_heads`` wrote; FormatError or StateDictError where they do not fit the model."""
+    directory = Path(directory)
+    config = AgentConfig.from_dict(io.load_json(directory / "agent.json"))
+    _check_fit(config, AgentConfig.for_model(model.config), directory / "agent.json")
+    heads = AgentHeads(config, model.config.predictor)
+    heads.load_state_dict(io.load_safetensors(directory / "agent.safetensors"))
+    return heads.eval()
 
 
 # ---------------------------------------------------------------------- what plugs into the recursion loop
