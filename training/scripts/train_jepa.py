@@ -88,8 +88,9 @@ def main(argv=None):
     parser.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the frozen X-Encoder's weights")
     parser.add_argument("--turns", type=options.positive, default=8, metavar="N",
                         help="questions per picture in one sequence (default 8)")
-    parser.add_argument("--lesson", type=int, default=600, metavar="BATCHES",
-                        help="begin with so many batches of the simplest generated questions (default 600)")
+    parser.add_argument("--lesson", type=int, metavar="BATCHES",
+                        help="begin with so many batches of the simplest generated questions (default 600; none with "
+                        "--tiny or --data-dir)")
     parser.add_argument("--temperature", type=float, default=0.07, help="start of the learned temperature")
     parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
     parser.add_argument("--y-encoder-lr-multiplier", type=float, default=1.0,
@@ -119,8 +120,8 @@ def main(argv=None):
 
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
     model.predictor.fit_vision(features.tokens[:2000])
-    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns,
-                                   0 if args.tiny else args.lesson)
+    lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
+    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns, lesson)
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
     held = held_rows[:: max(1, len(held_rows) // 3000)]
