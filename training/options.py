@@ -1,11 +1,14 @@
 """The command-line options that every training script has, and what they build."""
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 import xuracore as xc
 from training import optim, schedules
 from training.loop import Trainer, TrainerConfig
+from xuracore import io
 from xuracore.errors import ConfigError, XuraError
 
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "lion": optim.Lion, "sgd": optim.SGD,
@@ -125,6 +128,15 @@ def train(module, loss_function, batches, args, *, lr_scales=None, evaluate=None
                       evaluate=evaluate, after_step=after_step, describe=describe,
                       stream=None if args.quiet else sys.stderr)
     return trainer.run(resume=bool(args.resume), overwrite=args.overwrite), trainer
+
+
+def keep_result(args, model, metrics):
+    """Write the finished model and its numbers to --output-dir, and print the numbers as a line of JSON."""
+    folder = Path(args.output_dir)
+    model.save_pretrained(folder / "model")
+    io.save_json(folder / "metrics.json", metrics)
+    say(args, f"saved {folder}/model")
+    print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
 
 
 def run_script(main, argv=None):

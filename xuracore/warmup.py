@@ -77,5 +77,5 @@ def _forward_and_backward(record, inputs, attributes):
         grad = tuple(np.ones_like(part) for part in output)
     else:
         grad = np.ones_like(output)
-    if record.differentiable and any(needs):
+    if any(needs):
         record.vjp(grad, saved, needs)

@@ -1,6 +1,5 @@
 """Phase 0: train a small X-Encoder on generated scenes."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ if not __package__:  # run by path: import the packages that this script lies be
 
 from training import options
 from training.phases import pretrain
-from xuracore import io, no_grad
+from xuracore import no_grad
 from xuravljepa.presets import VLJEPAConfig
 
 EPILOG = """\
@@ -58,10 +57,7 @@ def main(argv=None):
     if result.reason == "finished":
         with trainer.averaged():
             metrics = evaluate(model, unseen, 16)
-            model.vit.save_pretrained(f"{args.output_dir}/model")
-        io.save_json(f"{args.output_dir}/metrics.json", metrics)
-        options.say(args, f"saved {args.output_dir}/model")
-        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+            options.keep_result(args, model.vit, metrics)
     return result.exit_code
 
 

@@ -1,6 +1,5 @@
 """Phase 2: train the Y-Decoder to put embeddings into words; everything else is frozen."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from training import options
 from training.phases import decoder
 from training.phases.common import FeatureStore
 from training.scripts.train_jepa import data_sets
-from xuracore import io
 from xuravljepa.model import SHIPPED, VLJEPA
 
 EPILOG = """\
@@ -64,10 +62,7 @@ def main(argv=None):
     if result.reason == "finished":
         with trainer.averaged():
             metrics = evaluate(model, result.step)
-            model.save_pretrained(Path(args.output_dir) / "model")
-        io.save_json(Path(args.output_dir) / "metrics.json", metrics)
-        options.say(args, f"saved {args.output_dir}/model")
-        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+            options.keep_result(args, model, metrics)
     return result.exit_code
 
 

@@ -1,6 +1,5 @@
 """Phase 1: train predictor, Y-Encoder and gates by InfoNCE; the X-Encoder is frozen."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from training import options
 from training.data.dataset import Dataset
 from training.phases import jepa
 from training.phases.common import FeatureStore
-from xuracore import io, no_grad
+from xuracore import no_grad
 from xuracore.errors import FormatError
 from xuravljepa.model import SHIPPED, VLJEPA
 from xuravljepa.presets import VLJEPAConfig
@@ -135,10 +134,7 @@ def main(argv=None):
     if result.reason == "finished":
         with trainer.averaged():
             metrics = accuracy_by_type(model, held, features)
-            model.save_pretrained(Path(args.output_dir) / "model")
-        io.save_json(Path(args.output_dir) / "metrics.json", metrics)
-        options.say(args, f"saved {args.output_dir}/model")
-        print(json.dumps({name: round(value, 4) for name, value in metrics.items()}))
+            options.keep_result(args, model, metrics)
     return result.exit_code
 
 

@@ -5,7 +5,7 @@ and the labels of the profiler.  An op without vjp, reference or samples cannot 
 """
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
@@ -39,7 +39,6 @@ class Primitive:
     outputs: int = 1
     tolerance: float = 1e-5
     weak: bool = False  # integer arrays take the float type they meet: they are numbers, not indices
-    differentiable: bool = field(default=True)
 
 
 def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False):
