@@ -17,7 +17,9 @@ from xuracore.ops.losses import (
 from xuracore.ops.normalize import gated_rms_norm, l2_normalize, layer_norm, log_softmax, rms_norm, softmax
 from xuracore.ops.reduce import cumsum, logsumexp, max, mean, min, sum, var
 from xuracore.ops.registry import REGISTRY, Primitive, primitive
-from xuracore.ops.scan import selective_scan, trapezoidal_scan, unpack_2, unpack_3, unpack_8
+from xuracore.ops.scan import selective_scan
 from xuracore.ops.shape import (
     astype, broadcast_to, concatenate, flip, pad, reshape, split, stack, swapaxes, transpose,
 )
+from xuracore.ops.trapezoid import trapezoidal_scan
+from xuracore.ops.unpack import unpack_2, unpack_3, unpack_8
