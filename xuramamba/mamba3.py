@@ -4,6 +4,9 @@ Parameters have the names and row orders of the published module, so its checkpo
 are.  Two choices of a checkpoint are not written in its config: the activation of A (softplus in the
 paper and the code until June 2026, ``heavy_tail`` since) and which coordinates rotate together
 ('pair' in the single-input kernels, 'half' in the multi-input ones).
+
+The options ``rope``, ``trap``, ``bc_bias`` and ``bc_norm`` take away one part of the model each, as the
+paper's ablations do; what a part needs of ``in_proj`` goes with it.
 """
 
 from dataclasses import dataclass
@@ -18,6 +21,9 @@ from xuracore.nn import Module, Parameter, init
 from xuracore.tensor import Tensor
 
 
+TRAP_OF_EULER = 60.0  # its sigmoid is 1, to the last bit, in float32 and float64
+
+
 class Mamba3State(NamedTuple):
     """What one layer remembers of a sequence, whatever its length."""
 
@@ -29,7 +35,14 @@ class Mamba3State(NamedTuple):
 
 @dataclass(frozen=True)
 class Mamba3Config(Config):
-    """Sizes and options of one layer."""
+    """Sizes and options of one layer.
+
+    rope : 'data_dependent' (the model's own), 'standard' (the same turn every token, theta**(-i/S) for
+        pair i, whatever the step size; Su et al. 2021), or 'none'.
+    trap : 'learned', or the weight of the new end fixed at 1/2 ('half') or at 1 ('euler', as in Mamba-2).
+    bc_bias, bc_norm : whether keys and queries are normalised, and have a bias, which starts at
+        ``bc_bias_init``.
+    """
 
     d_model: int
     d_state: int = 128
@@ -42,6 +55,12 @@ class Mamba3Config(Config):
     is_outproj_norm: bool = False
     a_activation: str = "heavy_tail"
     rotary: str = "pair"
+    rope: str = "data_dependent"
+    rope_theta: float = 1e4
+    trap: str = "learned"
+    bc_bias: bool = True
+    bc_bias_init: float = 1.0  # not zero: the state then moves before keys have learned anything
+    bc_norm: bool = True
     dt_min: float = 1e-3
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
@@ -66,6 +85,15 @@ class Mamba3Config(Config):
         )
         require(self.rotary in ("pair", "half"), f"rotary={self.rotary!r}; expected 'pair' or 'half'")
         require(
+            self.rope in ("data_dependent", "standard", "none"),
+            f"rope={self.rope!r}; expected 'data_dependent', 'standard' or 'none'",
+        )
+        require(self.rope_theta > 0, f"rope_theta={self.rope_theta}; expected a positive number")
+        require(
+            self.trap in ("learned", "half", "euler"),
+            f"trap={self.trap!r}; expected 'learned', 'half' or 'euler'",
+        )
+        require(
             self.rotary == "pair" or self.d_state % 2 == 0,
             f"rotary='half' needs an even d_state; got {self.d_state}",
         )
@@ -85,7 +113,7 @@ class Mamba3Config(Config):
     @property
     def angles(self):
         """Rotated pairs: ``rope_fraction`` of the coordinates, made even, two to a pair."""
-        return int(self.d_state * self.rope_fraction) // 2
+        return 0 if self.rope == "none" else int(self.d_state * self.rope_fraction) // 2
 
 
 def heavy_tail(x):
@@ -113,11 +141,12 @@ class Mamba3(Module):
         self.dt_bias = Parameter(
             init.inverse_softplus_steps(heads, rng, config.dt_min, config.dt_max, config.dt_init_floor)
         )
-        # Starting at one, not zero: the state then moves before keys have learned anything.
-        self.B_bias = Parameter(init.ones((heads, rank, size)))
-        self.C_bias = Parameter(init.ones((heads, rank, size)))
-        self.B_norm = nn.RMSNorm(size, config.norm_eps)
-        self.C_norm = nn.RMSNorm(size, config.norm_eps)
+        if config.bc_bias:
+            self.B_bias = Parameter(np.full((heads, rank, size), config.bc_bias_init, np.float32))
+            self.C_bias = Parameter(np.full((heads, rank, size), config.bc_bias_init, np.float32))
+        if config.bc_norm:
+            self.B_norm = nn.RMSNorm(size, config.norm_eps)
+            self.C_norm = nn.RMSNorm(size, config.norm_eps)
         self.D = Parameter(init.ones(heads))
         if config.is_mimo:
             shape = (heads, rank, config.headdim)
@@ -131,7 +160,9 @@ class Mamba3(Module):
     def _row_counts(self):
         c = self.config
         keys = c.rank * c.ngroups * c.d_state
-        return c.d_inner, c.d_inner, keys, keys, c.heads, c.heads, c.heads, c.angles
+        trap = c.heads if c.trap == "learned" else 0
+        angles = c.angles if c.rope == "data_dependent" else 0
+        return c.d_inner, c.d_inner, keys, keys, c.heads, c.heads, trap, angles
 
     def initial_state(self, batch):
         """The state before the first token: all zeros."""
@@ -151,16 +182,38 @@ class Mamba3(Module):
         batch, length, _ = x.shape
         z, v, k, q, step, forget, trap, angles = ops.unpack_8(self.in_proj(x), sizes=self._row_counts())
         keyed = (batch, length, c.rank, c.ngroups, c.d_state)
-        k, q = self.B_norm(k.reshape(*keyed)), self.C_norm(q.reshape(*keyed))
+        k, q = k.reshape(*keyed), q.reshape(*keyed)
+        if c.bc_norm:
+            k, q = self.B_norm(k), self.C_norm(q)
         dt = ops.softplus(step + self.dt_bias)
         rate = heavy_tail(forget) if c.a_activation == "heavy_tail" else ops.softplus(forget)
         a = -ops.maximum(rate, c.a_floor)
         y, *after = ops.trapezoidal_scan(
-            q, k, v.reshape(batch, length, c.heads, c.headdim), dt, a, trap, angles,
-            self.C_bias, self.B_bias, self.D, self.mimo_x if c.is_mimo else None,
-            *(state or ()), rotary=c.rotary, mask=mask,
+            q, k, v.reshape(batch, length, c.heads, c.headdim), dt, a,
+            self._trap(trap, dt.shape), self._angles(angles), *self._biases(), self.D,
+            self.mimo_x if c.is_mimo else None, *(state or ()),
+            rotary=c.rotary, radians=c.rope == "standard", mask=mask,
         )  # fmt: skip
         return self.out_proj(self._gate(y, z)), Mamba3State(*after)
+
+    def _trap(self, trap, shape):
+        if self.config.trap == "learned":
+            return trap
+        return np.full(shape, TRAP_OF_EULER if self.config.trap == "euler" else 0.0, trap.dtype)
+
+    def _angles(self, angles):
+        """What turns each pair: one row a token, or for 'standard' the same for all."""
+        c = self.config
+        if c.rope != "standard":
+            return angles
+        turns = c.rope_theta ** (-np.arange(c.angles) / max(1, c.angles))
+        return np.broadcast_to(turns.astype(angles.dtype), (*angles.shape[:2], c.angles))
+
+    def _biases(self):
+        c = self.config
+        if c.bc_bias:
+            return self.C_bias, self.B_bias
+        return (np.zeros((c.heads, c.rank, c.d_state), self.D.dtype),) * 2
 
     def _gate(self, y, z):
         """y (B, L, R, H, P) and z (B, L, Di) to (B, L, Di)."""

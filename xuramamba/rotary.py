@@ -52,7 +52,8 @@ def with_rotary(mixer, rotary):
     blocks = rows[keys].reshape(-1, c.d_state, c.d_model)
     rows[keys] = blocks[:, order].reshape(-1, c.d_model)
     for name in ("B_bias", "C_bias", "B_norm.weight", "C_norm.weight"):
-        state[name] = state[name][..., order]
+        if name in state:
+            state[name] = state[name][..., order]
     fields = {**c.to_dict(), "rotary": rotary}
     other = Mamba3(**fields).to_dtype(mixer.D.dtype)
     other.load_state_dict(state)

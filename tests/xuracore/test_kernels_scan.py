@@ -42,7 +42,7 @@ def _call(kernel, tasks, runs):
     return functools.partial(jit._in_runs, kernel.compiled(), tasks, min(runs, tasks))
 
 
-def _trapezoid_forward(inputs, half, block, runs):
+def _trapezoid_forward(inputs, half, block, runs, radians=False):
     q, v, angles = inputs[0], inputs[2], inputs[6]
     batch, length, rank, _, size = q.shape
     heads, width = v.shape[2:]
@@ -50,18 +50,18 @@ def _trapezoid_forward(inputs, half, block, runs):
     shapes = [(batch, length, rank, heads, width)] + [x.shape for x in inputs[12:]]
     shapes += [(batch, heads, blocks, size, width), (batch, heads, blocks, angles.shape[3])]
     out = _unwritten(shapes, q.dtype)
-    _call(trapezoid.trapezoid_forward, batch * heads, runs)(*inputs, half, block, *out)
+    _call(trapezoid.trapezoid_forward, batch * heads, runs)(*inputs, half, radians, block, *out)
     return out
 
 
-def _trapezoid_backward(inputs, half, block, parts, saved, cotangents, runs):
+def _trapezoid_backward(inputs, half, block, parts, saved, cotangents, runs, radians=False):
     q, angles = inputs[0], inputs[6]
     runs = q.shape[3] * parts if angles.shape[2] == 1 else 1
     shapes = [(parts, *q.shape), (parts, *q.shape)] + [x.shape for x in inputs[2:6]] + [(runs, *angles.shape)]
     shapes += [(len(q), *x.shape) for x in inputs[7:11]] + [x.shape for x in inputs[12:]]
     out = _unwritten(shapes, q.dtype)
     call = _call(trapezoid.trapezoid_backward, len(q) * q.shape[3] * parts, runs)
-    call(*inputs[:12], *inputs[14:], half, block, *saved, *cotangents, *out)
+    call(*inputs[:12], *inputs[14:], half, radians, block, *saved, *cotangents, *out)
     return out
 
 
@@ -69,18 +69,18 @@ def _trapezoid_backward(inputs, half, block, parts, saved, cotangents, runs):
 @given(
     st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2),
     st.sampled_from([2, 4, 6, 16]), st.integers(1, 5), st.integers(0, 3), st.booleans(), st.booleans(),
-    st.booleans(), st.integers(1, 5), st.booleans(), st.integers(0, 2**32 - 1),
+    st.booleans(), st.booleans(), st.integers(1, 5), st.booleans(), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_trapezoid_equals_its_twin(
-    batch, length, rank, groups, per_group, size, width, turns, shared, masked, half, block, split, seed
+    batch, length, rank, groups, per_group, size, width, turns, shared, masked, half, radians, block, split, seed
 ):  # fmt: skip
     rng = np.random.default_rng(seed)
     turns = min(turns, size // 2)
     inputs = _trapezoid_inputs(
         rng, batch, length, rank, groups, per_group, size, width, turns, shared, masked, np.float64
     )  # fmt: skip
-    got = _trapezoid_forward(inputs, half, block, runs=1)
-    want = _trapezoid_forward(inputs, half, block, runs=0)
+    got = _trapezoid_forward(inputs, half, block, 1, radians)
+    want = _trapezoid_forward(inputs, half, block, 0, radians)
     for i in (1, 6):  # angles near 0 and near 2 pi are the same
         np.testing.assert_allclose(np.exp(1j * got[i]), np.exp(1j * want[i]), atol=1e-12)
     for i in (0, 2, 3, 4, 5):
@@ -88,8 +88,8 @@ def test_trapezoid_equals_its_twin(
     cotangents = [rng.standard_normal(x.shape) for x in got[:5]]
     parts = per_group if split else 1
     for x, y in zip(
-        _trapezoid_backward(inputs, half, block, parts, got[5:], cotangents, runs=1),
-        _trapezoid_backward(inputs, half, block, parts, want[5:], cotangents, runs=0),
+        _trapezoid_backward(inputs, half, block, parts, got[5:], cotangents, 1, radians),
+        _trapezoid_backward(inputs, half, block, parts, want[5:], cotangents, 0, radians),
     ):
         np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-10)
 

@@ -16,6 +16,9 @@ VARIANTS = {
     "mimo": {"is_mimo": True, "mimo_rank": 2, "rotary": "half"},
     "mimo norm": {"is_mimo": True, "mimo_rank": 3, "is_outproj_norm": True, "rotary": "half"},
     "softplus": {"a_activation": "softplus"},
+    "standard rope": {"rope": "standard", "trap": "half"},
+    "no rope": {"rope": "none", "bc_bias": False},
+    "euler": {"trap": "euler", "bc_norm": False, "is_mimo": True, "mimo_rank": 2},
 }
 
 
@@ -220,7 +223,8 @@ def test_hand_set_weights_count_parity_for_a_hundred_thousand_tokens_in_float32(
 @pytest.mark.parametrize(
     "fields",
     [{"headdim": 5}, {"rotary": "both"}, {"a_activation": "relu"}, {"ngroups": 3}, {"d_sate": 4},
-     {"rope_fraction": 1.5}, {"rotary": "half", "d_state": 7}],
+     {"rope_fraction": 1.5}, {"rope": "learned"}, {"trap": "quarter"}, {"rope_theta": 0},
+      {"rotary": "half", "d_state": 7}],
 )  # fmt: skip
 def test_impossible_configurations_are_refused(fields):
     with pytest.raises(ConfigError):

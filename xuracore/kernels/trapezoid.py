@@ -23,6 +23,7 @@ Shapes: q, k ``(B, L, R, G, N)``; v ``(B, L, H, P)``; dt, a, trap ``(B, L, H)``;
 psi ``(H, R, P)``; mask ``(B, L)`` uint8; the state theta ``(B, H, S)``, h ``(B, H, P, N)``,
 k_prev ``(B, R, H, N)`` (rotated), v_prev ``(B, H, P)``; y ``(B, L, R, H, P)``.  Head ``j`` uses group
 ``j // (H // G)``.  ``half`` pairs coordinates (i, i + N/2), else (2i, 2i + 1), for i < S.
+With ``radians`` theta grows by ``angles_t`` as it is.
 A token with mask 0 leaves the whole state as it is and gives y = 0.
 
 Every ``block`` tokens the forward pass stores H (as ``(N, P)``) and theta; the backward pass
@@ -40,7 +41,7 @@ from xuracore.kernels.trapezoid_numpy import trapezoid_backward_numpy, trapezoid
 def trapezoid_forward(
     start, stop,
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask,
-    theta_0, h_0, k_0, v_0, half, block,
+    theta_0, h_0, k_0, v_0, half, radians, block,
     y, theta_last, h_last, k_last, v_last, saved_h, saved_theta,
 ):  # fmt: skip
     """Scan L tokens.  Writes everything from ``y`` on.  Tasks: the B * H heads of all sequences.
@@ -97,7 +98,8 @@ def trapezoid_forward(
                 continue
             last = t
             for i in range(turns):
-                theta[i] = wrap_angle(theta[i] + pi * tanh(angles[b, t, at, i]) * dt[b, t, j])
+                turn = angles[b, t, at, i] if radians else pi * tanh(angles[b, t, at, i]) * dt[b, t, j]
+                theta[i] = wrap_angle(theta[i] + turn)
                 cosine[i], sine[i] = cosine_sine(theta[i])
             for r in range(rank):
                 for n in range(size):
@@ -160,7 +162,7 @@ def trapezoid_forward(
 def trapezoid_backward(
     start, stop,
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask,
-    k_0, v_0, half, block, saved_h, saved_theta,
+    k_0, v_0, half, radians, block, saved_h, saved_theta,
     gy, gtheta_last, gh_last, gk_last, gv_last,
     gq, gk, gv, gdt, ga, gtrap, gangles, gq_bias, gk_bias, gskip, gpsi, gtheta_0, gh_0, gk_0, gv_0,
 ):  # fmt: skip
@@ -192,7 +194,7 @@ def trapezoid_backward(
                 for i in range(turns):
                     gangles[slot, b, t, 0, i] = zero
         theta, dtheta = np.empty(turns, q.dtype), np.empty(turns, q.dtype)
-        rate = np.empty((length, turns), q.dtype)  # pi tanh(angles): shared by the run where J = 1
+        rate = np.empty((length, turns), q.dtype)  # of turning: shared by the run where J = 1
         alpha, gamma, s = np.empty(length, q.dtype), np.empty(length, q.dtype), np.empty(length, q.dtype)
         mix = np.empty(length, q.dtype)
         states = np.empty((block, size, width), q.dtype)
@@ -207,7 +209,7 @@ def trapezoid_backward(
             if not shared or j == slot * run:
                 for t in range(length):
                     for i in range(turns):
-                        rate[t, i] = pi * tanh(angles[b, t, at, i])
+                        rate[t, i] = angles[b, t, at, i] if radians else pi * tanh(angles[b, t, at, i])
             ahead = zero
             last = -1
             for back in range(length):
@@ -247,7 +249,7 @@ def trapezoid_backward(
                         continue
                     o = t - opening
                     for i in range(turns):
-                        theta[i] = wrap_angle(theta[i] + rate[t, i] * dt[b, t, j])
+                        theta[i] = wrap_angle(theta[i] + rate[t, i] * (one if radians else dt[b, t, j]))
                         cosine[o, i], sine[o, i] = cosine_sine(theta[i])
                     for r in range(rank):
                         for n in range(size):
@@ -385,8 +387,10 @@ def trapezoid_backward(
                             gq[part, b, t, r, g, n] += dqr[r, n]
                             gk[part, b, t, r, g, n] += dkr[r, n]
                     for i in range(turns):
-                        ddt += dtheta[i] * rate[t, i]
-                        slope = dtheta[i] * dt[b, t, j] * (pi - rate[t, i] * rate[t, i] / pi)
+                        slope = dtheta[i]
+                        if not radians:
+                            ddt += dtheta[i] * rate[t, i]
+                            slope = dtheta[i] * dt[b, t, j] * (pi - rate[t, i] * rate[t, i] / pi)
                         if shared:
                             gangles[slot, b, t, 0, i] += slope
                         else:

@@ -49,14 +49,15 @@ def _weights(dt, a, trap, mask):
 
 
 def _scan(
-    q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask, theta_0, h_0, k_0, v_0, half
+    q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask, theta_0, h_0, k_0, v_0, half, radians
 ):  # fmt: skip
     """All intermediate values, time first: theta (L+1, B, H, S), H (L+1, B, H, N, P), rotated q and k …"""
     length, heads = q.shape[1], v.shape[2]
     alpha, gamma, s, mix, ahead = _weights(dt, a, trap, mask)
     real = mask.astype(bool)
     kb, qb = _to_heads(k, heads) + k_bias, _to_heads(q, heads) + q_bias
-    phi = np.where(real[:, :, None, None], np.pi * np.tanh(angles) * dt[..., None], 0).astype(q.dtype)
+    phi = angles + 0 * dt[..., None] if radians else np.pi * np.tanh(angles) * dt[..., None]
+    phi = np.where(real[:, :, None, None], phi, 0).astype(q.dtype)
     vr = v[:, :, :, None, :] * psi
     theta = [theta_0]
     push = np.einsum("brhn,bhrp->bhnp", k_0, v_0[:, :, None, :] * psi)
@@ -77,13 +78,13 @@ def _scan(
 
 def trapezoid_forward_numpy(
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask,
-    theta_0, h_0, k_0, v_0, half, block,
+    theta_0, h_0, k_0, v_0, half, radians, block,
     y, theta_last, h_last, k_last, v_last, saved_h, saved_theta,
 ):  # fmt: skip
     """NumPy twin of :func:`xuracore.kernels.trapezoid.trapezoid_forward`."""
     length = q.shape[1]
     out, theta, states, kr, _, _, _ = _scan(
-        q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask, theta_0, h_0, k_0, v_0, half
+        q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask, theta_0, h_0, k_0, v_0, half, radians
     )  # fmt: skip
     y[...] = out.transpose(0, 1, 3, 2, 4)
     saved_h[...] = states[:length:block].transpose(1, 2, 0, 3, 4)
@@ -102,7 +103,7 @@ def trapezoid_forward_numpy(
 
 def trapezoid_backward_numpy(
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask,
-    k_0, v_0, half, block, saved_h, saved_theta,
+    k_0, v_0, half, radians, block, saved_h, saved_theta,
     gy, gtheta_last, gh_last, gk_last, gv_last,
     gq, gk, gv, gdt, ga, gtrap, gangles, gq_bias, gk_bias, gskip, gpsi, gtheta_0, gh_0, gk_0, gv_0,
 ):  # fmt: skip
@@ -117,7 +118,7 @@ def trapezoid_backward_numpy(
     nothing = np.zeros_like(k_0)  # the stored state already contains the previous token's share
     _, theta, states, kr, qr, vr, _ = _scan(
         q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, mask,
-        saved_theta[:, :, 0], entering, nothing, v_0, half,
+        saved_theta[:, :, 0], entering, nothing, v_0, half, radians,
     )  # fmt: skip
     alpha, gamma, s, mix, ahead = weights
     real = mask.astype(bool)
@@ -174,9 +175,12 @@ def trapezoid_backward_numpy(
     gpsi[...] = np.einsum("blhrp,blhp->bhrp", dvr, v) + dv_0 * v_0[:, :, None, :]
     gv[...] = (psi * dvr).sum(3)
     gv[rows[~idle], last[~idle]] += gv_last[~idle]
-    rate = np.pi * np.tanh(angles)
-    spread = dphi * dt[..., None] * (np.pi - rate * rate / np.pi)
-    gdt[...] = mix * dgamma + (1 - mix) * dbehind + ga * a + (dphi * rate).sum(3)
+    gdt[...] = mix * dgamma + (1 - mix) * dbehind + ga * a
+    spread = dphi
+    if not radians:
+        rate = np.pi * np.tanh(angles)
+        spread = dphi * dt[..., None] * (np.pi - rate * rate / np.pi)
+        gdt += (dphi * rate).sum(3)
     gdt[~real] = 0
     gtrap[...] = dt * (dgamma - dbehind) * mix * (1 - mix)
     ga *= dt

@@ -63,7 +63,7 @@ def _trapezoid_inputs(arrays, mask, rotary):
 
 def _trapezoidal_scan_forward(
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip=None, psi=None,
-    theta=None, h=None, k_prev=None, v_prev=None, *, rotary="pair", mask=None,
+    theta=None, h=None, k_prev=None, v_prev=None, *, rotary="pair", radians=False, mask=None,
 ):  # fmt: skip
     """The Mamba-3 scan (arXiv 2603.15569): trapezoidal update, cumulative data-dependent rotation.
 
@@ -73,6 +73,7 @@ def _trapezoidal_scan_forward(
     The state, all None for a fresh start: theta (B, H, S) modulo 2 pi, h (B, H, P, N),
     k_prev (B, R, H, N) rotated, v_prev (B, H, P).
     rotary : 'pair' rotates coordinates (2i, 2i+1), 'half' (i, i + N/2).
+    radians : theta grows by ``angles`` as they are, in radians a token, not by pi tanh(angles) dt.
     mask : (B, L), false where a token is padding: it leaves the state alone and gives y = 0.
 
     Returns (y (B, L, R, H, P), theta, h, k_last, v_last).  Raises ShapeError, ConfigError.
@@ -95,13 +96,13 @@ def _trapezoidal_scan_forward(
     ]
     work = 8 * batch * length * heads * rank * width * size
     call = trapezoid.trapezoid_forward.split(batch * heads, work)
-    call(*inputs, real, *state, rotary == "half", block, *empty)
+    call(*inputs, real, *state, rotary == "half", bool(radians), block, *empty)
     outputs, stored = tuple(empty[:5]), empty[5:]
-    return outputs, (inputs, real, state, rotary == "half", block, stored, angles.ndim, work)
+    return outputs, (inputs, real, state, rotary == "half", bool(radians), block, stored, angles.ndim, work)
 
 
 def _trapezoidal_scan_vjp(grad, saved, needs):
-    inputs, real, state, half, block, stored, angles_ndim, work = saved
+    inputs, real, state, half, radians, block, stored, angles_ndim, work = saved
     q, v, angles = inputs[0], inputs[2], inputs[6]
     batch, length, rank, groups, size = q.shape
     heads, width = v.shape[2:]
@@ -113,7 +114,7 @@ def _trapezoidal_scan_vjp(grad, saved, needs):
     partials.update({i: (batch, *inputs[i].shape) for i in (7, 8, 9, 10)})
     out = [np.empty(partials.get(i, x.shape), q.dtype) for i, x in enumerate(inputs + state)]
     trapezoid.trapezoid_backward.split(batch * groups * parts, 4 * work)(
-        *inputs, real, state[2], state[3], half, block, *stored, *cotangents, *out
+        *inputs, real, state[2], state[3], half, radians, block, *stored, *cotangents, *out
     )
     for i in partials:
         out[i] = out[i][0] if len(out[i]) == 1 else out[i].sum(axis=0)
@@ -123,7 +124,7 @@ def _trapezoidal_scan_vjp(grad, saved, needs):
 
 def _trapezoidal_scan_reference(
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip=None, psi=None,
-    theta=None, h=None, k_prev=None, v_prev=None, *, rotary="pair", mask=None,
+    theta=None, h=None, k_prev=None, v_prev=None, *, rotary="pair", radians=False, mask=None,
 ):  # fmt: skip
     """The defining recurrence, one sequence, head and token at a time."""
     batch, length, rank, groups, size = q.shape
@@ -152,7 +153,8 @@ def _trapezoidal_scan_reference(
             continue
         g, step, mix = j * groups // heads, dt[b, t, j], 1 / (1 + np.exp(-trap[b, t, j]))
         alpha = np.exp(a[b, t, j] * step)
-        theta[b, j] = np.mod(theta[b, j] + np.pi * np.tanh(angles[b, t, j]) * step, 2 * np.pi)
+        turn = angles[b, t, j] if radians else np.pi * np.tanh(angles[b, t, j]) * step
+        theta[b, j] = np.mod(theta[b, j] + turn, 2 * np.pi)
         key = rotate(k[b, t, :, g] + k_bias[j], theta[b, j])
         query = rotate(q[b, t, :, g] + q_bias[j], theta[b, j])
         value, previous = psi[j] * v[b, t, j], psi[j] * v_prev[b, j]
@@ -188,7 +190,7 @@ def _trapezoidal_scan_samples(rng):
                 normal((batch, heads, width)),
             ]  # fmt: skip
         mask = rng.random((batch, length)) < 0.6 if masked else None
-        yield tuple(inputs), {"rotary": rotary, "mask": mask}
+        yield tuple(inputs), {"rotary": rotary, "radians": size == 6, "mask": mask}
 
 
 trapezoidal_scan = primitive(
