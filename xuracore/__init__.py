@@ -10,6 +10,7 @@
 from xuracore import io, nn, ops
 from xuracore._version import __version__
 from xuracore.autograd import checkpoint, enable_grad, grad, is_grad_enabled, no_grad, value_and_grad
+from xuracore.blas import widen as widen_blas
 from xuracore.gradcheck import gradcheck
 from xuracore.tensor import Tensor, tensor
 from xuracore.threads import get_num_threads, hold_blas_to_default, set_num_threads
@@ -19,5 +20,6 @@ __all__ = [
     "gradcheck", "ops", "nn", "io", "set_num_threads", "get_num_threads", "__version__",
 ]
 
+widen_blas()
 hold_blas_to_default()
-del hold_blas_to_default
+del hold_blas_to_default, widen_blas
