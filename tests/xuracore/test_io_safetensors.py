@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import hypothesis.extra.numpy as hnp
 import numpy as np
@@ -9,8 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xuracore.errors import DTypeError, FormatError, ShapeError
-from xuracore.io import load_safetensors, read_header, read_metadata, save_safetensors
+from xuracore.errors import ConfigError, DTypeError, FormatError, ShapeError
+from xuracore.io import (
+    from_bfloat16,
+    load_safetensors,
+    load_sharded,
+    open_safetensors,
+    read_header,
+    read_metadata,
+    save_safetensors,
+    to_bfloat16,
+)
 
 DTYPES = ["float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 
@@ -93,6 +103,73 @@ def test_bfloat16_becomes_the_float32_of_the_same_value(tmp_path):
     loaded = load_safetensors(path)["x"]
     assert loaded.dtype == np.float32 and loaded.shape == (256, 256)
     np.testing.assert_array_equal(loaded.view(np.uint32).reshape(-1), bits.astype(np.uint32) << 16)
+
+
+def test_bits_of_bfloat16_are_kept_and_saved_again(tmp_path):
+    bits = np.arange(65536, dtype=np.uint16).reshape(64, -1)
+    tree = {"x": bits, "y": np.ones(3, np.float16), "z": np.ones(2, np.float32)}
+    save_safetensors(tmp_path / "t", tree, bfloat16=["x"])
+    assert {name: entry.dtype for name, entry in read_header(tmp_path / "t").tensors.items()} == {
+        "x": "BF16", "y": "F16", "z": "F32",
+    }  # fmt: skip
+    assert_same(load_safetensors(tmp_path / "t", half="bits"), tree)
+    native = load_safetensors(tmp_path / "t")
+    assert_same(native, tree | {"x": from_bfloat16(bits)})
+    wide = load_safetensors(tmp_path / "t", half="float32")
+    assert_same(wide, native | {"y": np.ones(3, np.float32)})
+    with pytest.raises(ConfigError, match="half is 'keep'; expected one of 'native', 'float32', 'bits'"):
+        load_safetensors(tmp_path / "t", half="keep")
+    with pytest.raises(DTypeError, match="'x' has dtype uint16; expected one of"):
+        save_safetensors(tmp_path / "t", tree)
+    with pytest.raises(DTypeError, match="'y' has dtype float16; expected uint16 bits of BF16"):
+        save_safetensors(tmp_path / "t", tree, bfloat16=["x", "y"])
+    with pytest.raises(FormatError, match="holds no tensor named 'absent'"):
+        save_safetensors(tmp_path / "t", tree, bfloat16=["x", "absent"])
+
+
+def test_rounding_to_bfloat16_is_to_the_nearest_with_ties_to_even():
+    bits = np.arange(65536, dtype=np.uint16)
+    exact = from_bfloat16(bits)
+    finite = np.isfinite(exact)
+    np.testing.assert_array_equal(to_bfloat16(exact)[finite], bits[finite])
+    assert np.isnan(from_bfloat16(to_bfloat16(exact[np.isnan(exact)]))).all()
+    assert from_bfloat16(to_bfloat16(np.float32([np.inf, -np.inf, 3.4e38]))).tolist() == [np.inf, -np.inf, np.inf]
+    x = np.random.default_rng(0).standard_normal((50, 40)).astype(np.float32)
+    rounded = from_bfloat16(to_bfloat16(x.T))
+    assert rounded.shape == (40, 50) and (np.abs(rounded - x.T) <= np.abs(x.T) * 2.0**-8).all()
+    ties = np.float32([1 + 2**-8, 1 + 3 * 2**-8])
+    assert from_bfloat16(to_bfloat16(ties)).tolist() == [1, 1 + 2**-6]
+    assert to_bfloat16(np.float32(1)).shape == ()
+
+
+def test_an_open_file_reads_each_tensor_when_asked(tmp_path):
+    tree = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(4, np.float16), "c": np.zeros(0, bool)}
+    save_safetensors(tmp_path / "t", tree, {"k": "v"})
+    with open_safetensors(tmp_path / "t") as file:
+        assert set(file.keys()) == tree.keys() and len(file) == 3 and "a" in file and "d" not in file
+        assert (file.shape("a"), file.dtype("a"), file.dtype("b")) == ((2, 3), "F64", "F16")
+        assert file.header().metadata == {"k": "v"}
+        assert file.read("b").dtype == np.float32 and file.read("b", "native").dtype == np.float16
+        np.testing.assert_array_equal(file.read("a"), tree["a"], strict=True)
+        for ask in (file.read, file.shape, file.dtype):
+            with pytest.raises(FormatError, match="holds no tensor named 'd'"):
+                ask("d")
+        save_safetensors(tmp_path / "t", {"a": np.zeros(1)})  # what is open stays what it was
+        np.testing.assert_array_equal(file.read("a"), tree["a"], strict=True)
+    with open_safetensors(tmp_path / "t", mmap=True) as file:
+        kept = file.read("a")
+    assert kept.tolist() == [0] and not kept.flags.writeable
+
+
+def test_reading_one_tensor_takes_the_memory_of_one(tmp_path):
+    save_safetensors(tmp_path / "t", {f"t{i}": np.full(50_000, i, np.float32) for i in range(20)})
+    tracemalloc.start()
+    try:
+        names = [name for name, array in load_sharded(tmp_path / "t") if array[0] == int(name[1:])]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(names) == 20 and peak < 3 * 200_000
 
 
 def test_tensors_of_our_files_are_aligned(tmp_path):
@@ -184,10 +261,15 @@ def test_an_index_and_its_folder_load_all_shards(tmp_path):
     assert_same(load_safetensors(tmp_path / "model.safetensors.index.json", mmap=True), expected)
     assert_same(load_safetensors(tmp_path, ["b"]), {"b": expected["b"]})
     assert read_header(tmp_path).tensors.keys() == set("abc")
+    assert_same(dict(load_sharded(tmp_path)), expected)
+    with open_safetensors(tmp_path) as file:
+        assert [file.shape(name) for name in "abc"] == [(2,)] * 3
+        np.testing.assert_array_equal(file.read("b"), expected["b"], strict=True)
     (tmp_path / "m-1.safetensors").unlink()
     assert_same(load_safetensors(tmp_path, ["b"]), {"b": expected["b"]})  # the other shard is not needed
-    with pytest.raises(FileNotFoundError):
-        load_safetensors(tmp_path)
+    for read in (load_safetensors, lambda path: next(load_sharded(path))):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path)
     with pytest.raises(FormatError, match="no tensor named 'z'"):
         load_safetensors(tmp_path, ["z"])
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from xuracore.errors import DTypeError, FormatError, ShapeError
+from xuracore.errors import ConfigError, DTypeError, FormatError, ShapeError
 from xuracore.io.atomic import write_atomically
+from xuracore.io.bfloat16 import from_bfloat16
 from xuracore.io.strict_json import load_json, parse_json
 
 MAXIMUM_HEADER_BYTES = 16 * 2**20
@@ -42,6 +43,11 @@ _ELEMENTS = {  # what a dtype of the format is on disk
     "I8": np.dtype("i1"),
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
+}
+HALF = {
+    "native": "F16 stays float16; BF16, which NumPy lacks, becomes float32",
+    "float32": "both become float32 (every value of either is one of float32)",
+    "bits": "F16 stays float16; BF16 stays 16 bits a number, as uint16 (see from_bfloat16)",
 }
 _NAMES = {element: name for name, element in _ELEMENTS.items() if name != "BF16"}
 _METADATA = "__metadata__"
@@ -65,7 +71,7 @@ class Header(NamedTuple):
     metadata: dict
 
 
-def load_safetensors(path, names=None, *, mmap=False):
+def load_safetensors(path, names=None, *, mmap=False, half="native"):
     """Read named arrays: dict name → ndarray.
 
     path : a ``.safetensors`` file, a ``.safetensors.index.json`` that spreads tensors over several
@@ -75,38 +81,137 @@ def load_safetensors(path, names=None, *, mmap=False):
         they are touched, and must not be used after the file was truncated (the system kills the
         process); replacing the file, as :func:`save_safetensors` does, is safe.  Tensors that need
         conversion (BF16, unaligned) are copied all the same.
+    half : what F16 and BF16 become, see :data:`HALF`; every other dtype stays what it is.
 
-    BF16 becomes float32, every other dtype stays what it is.  Raises FormatError if the file breaks
-    any rule of the format or lacks one of ``names``, OSError if it cannot be read.
+    Raises FormatError if the file breaks any rule of the format or lacks one of ``names``, ConfigError
+    for another ``half``, OSError if it cannot be read.
     """
-    if names is not None:
-        names = [names] if isinstance(names, str) else list(names)
-    file, weight_map = _resolve(path)
-    if weight_map is None:
-        return _load_file(file, names, mmap)
-    _require(names, weight_map, path)
-    wanted = set(weight_map) if names is None else set(names)
-    tensors = {}
-    for shard in sorted({weight_map[name] for name in wanted}):
-        expected = {name for name, where in weight_map.items() if where == shard}
-        tensors |= _load_file(shard, wanted & expected, mmap, expected)
-    return tensors
+    with SafetensorsFile(path, mmap=mmap) as file:
+        if names is None:
+            return {name: file.read(name, half) for name in file.keys()}
+        names = {names} if isinstance(names, str) else set(names)
+        _require(names, file.keys(), path)
+        return {name: file.read(name, half) for name in file.keys() if name in names}
+
+
+def load_sharded(path, *, half="float32"):
+    """Yield ``(name, ndarray)`` for each tensor of a model folder, index or file, one read at a time.
+
+    Only the tensor at hand is in memory, so a model can be converted or quantised as it is read.
+    All headers are checked before the first tensor comes; errors as for :func:`load_safetensors`.
+    half : what F16 and BF16 become, see :data:`HALF`.
+    """
+    with SafetensorsFile(path) as file:
+        for name in file.header().tensors:
+            yield name, file.read(name, half)
+
+
+def open_safetensors(path, *, mmap=False):
+    """Open what ``path`` names (as for :func:`load_safetensors`) without reading any tensor.
+
+    ::
+
+        with open_safetensors("model/") as file:
+            for name in file.keys():
+                if file.shape(name) == (32000, 512):
+                    table = file.read(name)
+
+    Returns a :class:`SafetensorsFile`.
+    """
+    return SafetensorsFile(path, mmap=mmap)
+
+
+class SafetensorsFile:
+    """The tensors of a file, an index or a model folder, each read when it is asked for.
+
+    A file is opened, and its header checked whole, when the first of its tensors is asked for; it stays
+    open until :meth:`close`.  Replacing it meanwhile does no harm.  Use it from one thread at a time.
+    """
+
+    def __init__(self, path, *, mmap=False):
+        self.path, self._mmap, self._files = path, mmap, {}
+        file, weight_map = _resolve(path)
+        self._index = weight_map
+        self._where = dict.fromkeys(self._opened(file)[1].tensors, file) if weight_map is None else weight_map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        """Close the files.  Arrays that were read stay valid, mapped ones too."""
+        for stream, _, _ in self._files.values():
+            stream.close()
+        self._files.clear()
+
+    def keys(self):
+        """Names of all tensors, in the order of the file or the index."""
+        return self._where.keys()
+
+    def __contains__(self, name):
+        return name in self._where
+
+    def __len__(self):
+        return len(self._where)
+
+    def header(self):
+        """The checked :class:`Header` of all files together."""
+        tensors, metadata = {}, {}
+        for file in sorted(set(self._where.values())) if self._index else self._files:
+            header = self._opened(file)[1]
+            tensors |= header.tensors
+            metadata |= header.metadata
+        return Header(tensors, metadata)
+
+    def shape(self, name):
+        """Shape of the tensor ``name``, a tuple."""
+        return self._entry(name)[2].shape
+
+    def dtype(self, name):
+        """The format's name of its dtype: ``"F32"``, ``"BF16"`` …"""
+        return self._entry(name)[2].dtype
+
+    def read(self, name, half="float32"):
+        """The tensor ``name`` as an ndarray of its own, or with ``mmap`` a read-only map.
+
+        half : what F16 and BF16 become, see :data:`HALF`.
+        Raises FormatError if there is no such tensor or the file is damaged, ConfigError for another
+        ``half``.
+        """
+        if half not in HALF:
+            raise ConfigError(f"half is {half!r}; expected one of {', '.join(map(repr, HALF))}")
+        stream, mapped, entry = self._entry(name)
+        return _decode(_read(stream, mapped, entry, name), entry, name, half)
+
+    def _entry(self, name):
+        if name not in self._where:
+            _require([name], self._where, self.path)
+        stream, header, mapped = self._opened(self._where[name])
+        return stream, mapped, header.tensors[name]
+
+    def _opened(self, file):
+        """``(stream, header, map or None)``; the same open file serves header and data."""
+        if file not in self._files:
+            stream = _open(file)
+            try:
+                header = _read_header(stream, file)
+                if self._index is not None:
+                    _check_shard(header, {name for name, where in self._index.items() if where == file}, file)
+                access = memory_map.ACCESS_READ
+                mapped = memory_map.mmap(stream.fileno(), 0, access=access) if self._mmap else None
+            except BaseException:
+                stream.close()
+                raise
+            self._files[file] = stream, header, mapped
+        return self._files[file]
 
 
 def read_header(path):
     """The checked :class:`Header` of what ``path`` names (as for :func:`load_safetensors`), no data."""
-    file, weight_map = _resolve(path)
-    if weight_map is None:
-        with _open(file) as stream:
-            return _read_header(stream, file)
-    tensors, metadata = {}, {}
-    for shard in sorted(set(weight_map.values())):
-        with _open(shard) as stream:
-            header = _read_header(stream, shard)
-        _check_shard(header, {name for name, where in weight_map.items() if where == shard}, shard)
-        tensors |= header.tensors
-        metadata |= header.metadata
-    return Header(tensors, metadata)
+    with SafetensorsFile(path) as file:
+        return file.header()
 
 
 def read_metadata(path):
@@ -114,18 +219,20 @@ def read_metadata(path):
     return read_header(path).metadata
 
 
-def save_safetensors(path, tensors, metadata=None):
+def save_safetensors(path, tensors, metadata=None, *, bfloat16=()):
     """Write ``tensors`` (dict name → ndarray) to ``path`` atomically; return its size and SHA-256.
 
     Any memory layout is accepted and stored in C order: transposed, strided, broadcast, 0-d, empty,
     big-endian.  The same tensors give the same bytes, whatever their order in the dict.
     metadata : dict str → str kept in the header.
+    bfloat16 : names of tensors that are uint16 bits of BF16 (:func:`to_bfloat16`) and saved as such.
 
     The file is read back before it replaces the old one.  Raises DTypeError for anything that is not
     an array of a supported dtype, ShapeError for more than 8 dimensions, FormatError for a name or
     metadata that the format cannot hold, OSError if the disk refuses; the old file then stays.
     """
-    header, arrays = _layout(path, tensors, metadata or {})
+    dtypes = _format_dtypes(path, tensors, frozenset(bfloat16))
+    header, arrays = _layout(path, tensors, dtypes, metadata or {})
 
     def chunks():
         yield header
@@ -137,7 +244,7 @@ def save_safetensors(path, tensors, metadata=None):
         with _open(temporary) as stream:
             written = _read_header(stream, temporary)
         if {name: (e.dtype, e.shape) for name, e in written.tensors.items()} != {
-            name: (_NAMES[array.dtype.newbyteorder("<")], array.shape) for name, array in tensors.items()
+            name: (dtypes[name], array.shape) for name, array in tensors.items()
         }:
             raise FormatError("the header written does not describe the tensors given", path)
 
@@ -147,19 +254,29 @@ def save_safetensors(path, tensors, metadata=None):
 # --- writing -------------------------------------------------------------------------------------
 
 
-def _layout(path, tensors, metadata):
-    """Header bytes and the arrays in file order: widest dtype first, so that
-    every tensor is aligned, then by name."""
+def _format_dtypes(path, tensors, bfloat16):
+    """name → the format's dtype name; refuses what the format cannot hold."""
+    dtypes = {}
+    _require(bfloat16, tensors, path)
     for name, array in tensors.items():
         reason = _bad_name(name)
         if reason:
             raise FormatError(reason, path, name)
         if not isinstance(array, (np.ndarray, np.generic)):
             raise DTypeError(f"{path}: {name!r} is a {type(array).__name__}; expected a NumPy array")
-        if array.dtype.newbyteorder("<") not in _NAMES:
-            raise DTypeError(f"{path}: {name!r} has dtype {array.dtype}; expected one of {_supported()}")
+        element = array.dtype.newbyteorder("<")
+        dtypes[name] = "BF16" if name in bfloat16 and element == np.uint16 else _NAMES.get(element)
+        if dtypes[name] is None or (name in bfloat16) != (dtypes[name] == "BF16"):
+            expected = "uint16 bits of BF16" if name in bfloat16 else f"one of {', '.join(map(str, _NAMES))}"
+            raise DTypeError(f"{path}: {name!r} has dtype {array.dtype}; expected {expected}")
         if array.ndim > MAXIMUM_DIMENSIONS:
             raise ShapeError(f"{path}: {name!r} has {array.ndim} dimensions; at most {MAXIMUM_DIMENSIONS}")
+    return dtypes
+
+
+def _layout(path, tensors, dtypes, metadata):
+    """Header bytes and the arrays in file order: widest dtype first, so that
+    every tensor is aligned, then by name."""
     if not all(type(key) is str and type(value) is str for key, value in metadata.items()):
         raise FormatError("metadata must be a dict of str to str", path, _METADATA)
     if len(tensors) > MAXIMUM_TENSORS:
@@ -170,8 +287,7 @@ def _layout(path, tensors, metadata):
     for name in names:
         array = tensors[name]
         start, end = end, end + array.size * array.dtype.itemsize
-        dtype = _NAMES[array.dtype.newbyteorder("<")]
-        entries[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+        entries[name] = {"dtype": dtypes[name], "shape": list(array.shape), "data_offsets": [start, end]}
     try:
         text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -181,10 +297,6 @@ def _layout(path, tensors, metadata):
         raise FormatError(f"the header would be larger than {MAXIMUM_HEADER_BYTES} bytes", path)
     header = len(text).to_bytes(8, "little") + text
     return header, [tensors[name] for name in names]
-
-
-def _supported():
-    return ", ".join(str(element) for element in _NAMES)
 
 
 def _bad_name(name):
@@ -231,21 +343,6 @@ def _resolve(path):
     return None, {name: str(path.parent / shard) for name, shard in weight_map.items()}
 
 
-def _load_file(path, names, mmap, expected=None):
-    with _open(path) as stream:  # one open file from header to data: it may be replaced meanwhile
-        header = _read_header(stream, path)
-        if expected is not None:
-            _check_shard(header, expected, path)
-        _require(names, header.tensors, path)
-        wanted = header.tensors if names is None else set(names)
-        mapped = memory_map.mmap(stream.fileno(), 0, access=memory_map.ACCESS_READ) if mmap else None
-        return {
-            name: _decode(_read(stream, mapped, entry, name), entry, name)
-            for name, entry in header.tensors.items()
-            if name in wanted
-        }
-
-
 def _check_shard(header, expected, path):
     if header.tensors.keys() != expected:
         name = min(header.tensors.keys() ^ expected)
@@ -254,7 +351,7 @@ def _check_shard(header, expected, path):
 
 
 def _require(names, available, path):
-    missing = [] if names is None else sorted(set(names) - set(available))
+    missing = sorted(set(names) - set(available), key=str)
     if missing:
         some = ", ".join(map(repr, missing[:10])) + (", …" if len(missing) > 10 else "")
         raise FormatError(f"holds no tensor named {some} ({len(missing)} missing)", path)
@@ -273,9 +370,11 @@ def _read(stream, mapped, entry, name):
     return flat
 
 
-def _decode(flat, entry, name):
-    if entry.dtype == "BF16":  # the upper half of a float32
-        flat = (flat.astype(np.uint32) << np.uint32(16)).view(np.float32)
+def _decode(flat, entry, name, half):
+    if entry.dtype == "BF16" and half != "bits":
+        flat = from_bfloat16(flat)
+    elif entry.dtype == "F16" and half == "float32":
+        flat = flat.astype(np.float32)
     elif entry.dtype == "BOOL" and flat.size and flat.view(np.uint8).max() > 1:
         raise FormatError("holds a boolean that is neither 0 nor 1", entry.path, name)
     if not flat.flags.aligned:
