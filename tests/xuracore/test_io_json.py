@@ -132,3 +132,11 @@ def test_a_surrogate_pair_is_one_character():
 def test_any_bytes_end_in_a_value_or_in_a_format_error(data):
     with contextlib.suppress(FormatError):  # anything else that is raised fails the test
         parse_json(data)
+
+
+def test_bare_infinity_is_taken_only_where_it_is_allowed():
+    limits = b'{"limit": [0.0, Infinity, -Infinity]}'
+    assert parse_json(limits, allow_infinity=True) == {"limit": [0.0, float("inf"), float("-inf")]}
+    for text, allowed in ((limits, False), (b"[NaN]", True), (b"[1e999]", True)):
+        with pytest.raises(FormatError):
+            parse_json(text, allow_infinity=allowed)

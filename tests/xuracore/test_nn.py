@@ -300,3 +300,19 @@ def test_replacing_is_as_strict():
         Outer(3).replace(wdth=4)
     with pytest.raises(ConfigError, match="Outer.width is '4'"):
         Outer(3).replace(width="4")
+
+
+def test_blank_initialisation_draws_nothing():
+    rng = np.random.default_rng(0)
+    before = rng.bit_generator.state
+    with nn.init.blank():
+        model = nn.Linear(3, 4, rng=rng)
+        assert not nn.init.normal((2,), rng).any() and not nn.init.truncated_normal((2,), rng).any()
+    assert not model.weight.data.any() and rng.bit_generator.state == before
+    assert nn.Linear(3, 4, rng=rng).weight.data.all()
+
+
+def test_the_gain_of_a_linear_layer_scales_its_bound():
+    one, half = (nn.init.linear((50, 4), np.random.default_rng(0), gain) for gain in (1.0, 0.5))
+    np.testing.assert_allclose(half, one / 2)
+    assert 0.45 < np.abs(one).max() <= 0.5

@@ -23,11 +23,13 @@ _STRUCTURE = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[{]|[\]}]', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def parse_json(data, path=None, *, maximum_depth=MAXIMUM_DEPTH, allow_floats=True):
+def parse_json(data, path=None, *, maximum_depth=MAXIMUM_DEPTH, allow_floats=True, allow_infinity=False):
     """The value of the JSON document ``data`` (bytes, UTF-8).
 
     maximum_depth : levels of lists and objects; the outermost is the first.
     allow_floats : False refuses every number that is not written as an integer.
+    allow_infinity : True takes the bare words Infinity and -Infinity, which some configurations of
+        models hold although JSON has no such numbers.
     path : named in errors.
 
     Raises FormatError: not UTF-8 or not JSON, too deep, a key twice in one object, NaN or infinity
@@ -55,6 +57,8 @@ def parse_json(data, path=None, *, maximum_depth=MAXIMUM_DEPTH, allow_floats=Tru
         return value
 
     def constant(name):
+        if allow_infinity and name != "NaN":
+            return float(name)
         raise FormatError(f"{name} is not a JSON number", path)
 
     try:
@@ -83,7 +87,7 @@ def _check_structure(text, path, maximum_depth):
             depth -= 1
 
 
-def load_json(path, *, maximum_bytes=MAXIMUM_BYTES, maximum_depth=MAXIMUM_DEPTH):
+def load_json(path, *, maximum_bytes=MAXIMUM_BYTES, maximum_depth=MAXIMUM_DEPTH, allow_infinity=False):
     """The value of the JSON file at ``path``; see :func:`parse_json` for what is refused.
 
     Raises FormatError also when the file is larger than ``maximum_bytes``, OSError when it cannot
@@ -93,7 +97,7 @@ def load_json(path, *, maximum_bytes=MAXIMUM_BYTES, maximum_depth=MAXIMUM_DEPTH)
         data = file.read(maximum_bytes + 1)
     if len(data) > maximum_bytes:
         raise FormatError(f"is larger than {maximum_bytes} bytes", path)
-    return parse_json(data, path, maximum_depth=maximum_depth)
+    return parse_json(data, path, maximum_depth=maximum_depth, allow_infinity=allow_infinity)
 
 
 def save_json(path, value):
