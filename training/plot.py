@@ -1,0 +1,129 @@
+"""Line charts as SVG text: what a training or an example draws of its numbers, with nothing installed."""
+
+import math
+from html import escape
+
+from xuracore.errors import ConfigError
+
+COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4ea3", "#4a4a4a", "#0097a7", "#a0522d")
+DASHES = ("", "6 3", "2 2", "8 3 2 3")
+MARGIN = {"left": 62, "right": 168, "top": 40, "bottom": 48}
+LINE_HEIGHT = 18  # of the legend
+TICKS = 5
+
+
+def line_chart(series, *, title="", x_label="", y_label="", y_range=None, log_x=False, size=(760, 400)):
+    """One chart of several lines.
+
+    series : {name: (xs, ys)}, finite or not; a value that is not finite breaks its line.
+    y_range : (lowest, highest) of the vertical axis; by default what the values span.
+    log_x : a logarithmic horizontal axis (positive values).
+    Returns the text of an SVG file of ``size`` pixels.  Raises ConfigError if nothing can be drawn.
+    """
+    lines = {name: _points(name, *values) for name, values in series.items()}
+    finite = [point for points in lines.values() for point in points if _drawable(point, log_x)]
+    if not finite:
+        raise ConfigError(f"line_chart {title!r}: no finite point in {list(series)}")
+    across = _Axis([x for x, _ in finite], MARGIN["left"], size[0] - MARGIN["right"], log=log_x)
+    up = _Axis([y for _, y in finite] if y_range is None else y_range, size[1] - MARGIN["bottom"], MARGIN["top"])
+    parts = [_frame(size, title, x_label, y_label), *_grid(across, up)]
+    for number, (name, points) in enumerate(lines.items()):
+        style = f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2" fill="none"'
+        dash = DASHES[number // len(COLOURS) % len(DASHES)]
+        style += f' stroke-dasharray="{dash}"' if dash else ""
+        for run in _unbroken(points, log_x):
+            parts.append(_polyline([(across.at(x), up.at(y)) for x, y in run], style))
+        x, y = size[0] - MARGIN["right"] + 12, MARGIN["top"] + 8 + number * LINE_HEIGHT
+        parts.append(_polyline([(x, y), (x + 22, y)], style))
+        parts.append(_text(x + 28, y + 4, name))
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def _points(name, xs, ys):
+    points = [(float(x), float(y)) for x, y in zip(xs, ys)]
+    if len(xs) != len(ys):
+        raise ConfigError(f"line_chart: {name!r} has {len(xs)} values across and {len(ys)} up; expected as many")
+    return points
+
+
+def _drawable(point, log_x):
+    return math.isfinite(point[0]) and math.isfinite(point[1]) and (point[0] > 0 or not log_x)
+
+
+def _unbroken(points, log_x):
+    run = []
+    for point in points:
+        if _drawable(point, log_x):
+            run.append(point)
+        elif run:
+            yield run
+            run = []
+    if run:
+        yield run
+
+
+class _Axis:
+    """From values to pixels, and the round values at which to write a number."""
+
+    def __init__(self, values, start, stop, log=False):
+        low, high = min(values), max(values)
+        self.log = log
+        if log:
+            low, high = math.log10(low), math.log10(high)
+        if high - low <= 1e-12 * max(abs(low), abs(high)):
+            low, high = low - 0.5, high + 0.5
+        self.low, self.high, self.start, self.stop = low, high, start, stop
+
+    def at(self, value):
+        value = math.log10(value) if self.log else value
+        share = min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
+        return self.start + share * (self.stop - self.start)
+
+    def ticks(self):
+        if self.log:
+            powers = range(math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9) + 1)
+            few = [10.0**power for power in powers]
+            return few if len(few) > 2 else sorted({10**self.low, *few, 10**self.high})
+        rough = (self.high - self.low) / TICKS
+        scale = 10.0 ** math.floor(math.log10(rough))
+        step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= rough * 0.999)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [number * step for number in range(first, last + 1)]
+
+
+def _grid(across, up):
+    for value in up.ticks():
+        y = up.at(value)
+        yield f'<line x1="{across.start}" x2="{across.stop}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>'
+        yield _text(across.start - 8, y + 4, f"{value:.6g}", "end")
+    for value in across.ticks():
+        x = across.at(value)
+        yield f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{up.start}" y2="{up.start + 5}" stroke="#333333"/>'
+        yield _text(x, up.start + 19, f"{value:.6g}", "middle")
+    yield _polyline(
+        [(across.start, up.stop), (across.start, up.start), (across.stop, up.start)], 'stroke="#333333" fill="none"'
+    )
+
+
+def _frame(size, title, x_label, y_label):
+    width, height = size
+    middle = (MARGIN["left"] + width - MARGIN["right"]) / 2
+    centre = (MARGIN["top"] + height - MARGIN["bottom"]) / 2
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        'font-family="sans-serif" font-size="13" fill="#222222">',
+        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
+        _text(middle, 24, title, "middle", 'font-size="15" font-weight="bold"'),
+        _text(middle, height - 10, x_label, "middle"),
+        _text(0, 0, y_label, "middle", f'transform="translate(16 {centre:.1f}) rotate(-90)"'),
+    ])  # fmt: skip
+
+
+def _text(x, y, text, anchor="start", style=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {style}>{escape(str(text))}</text>'
+
+
+def _polyline(points, style):
+    if len(points) == 1:  # a single value is still worth a mark
+        points = [(points[0][0] - 2, points[0][1]), (points[0][0] + 2, points[0][1])]
+    return f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in points)}" {style}/>'
