@@ -5,21 +5,36 @@ from xuracore.ops.activation import erf, gelu, relu, sigmoid, silu, softplus, ta
 from xuracore.ops.attention import attention
 from xuracore.ops.contrastive import info_nce, multi_positive_info_nce, sigmoid_contrastive_loss
 from xuracore.ops.convolve import causal_conv1d
+from xuracore.ops.cumulate import cummax, cummin, cumprod, cumsum, logcumsumexp
 from xuracore.ops.elementwise import (
-    absolute, add, clip, cos, divide, exp, expm1, log, log1p, maximum, minimum, multiply, negative, power, sin,
-    sqrt, subtract, where,
+    absolute, add, atan2, clip, cos, divide, exp, expm1, hardtanh, lerp, log, log1p, logaddexp, masked_fill,
+    maximum, minimum, multiply, nan_to_num, negative, power, remainder, sin, sqrt, subtract, where,
 )
-from xuracore.ops.index import embedding, getitem
+from xuracore.ops.functions import (
+    acos, acosh, asin, asinh, atan, atanh, ceil, cosh, elu, exp2, floor, hardswish, leaky_relu, log2, log10,
+    log_sigmoid, mish, reciprocal, round, rsqrt, sign, sinh, softsign, square, tan, trunc,
+)
+from xuracore.ops.index import (
+    embedding, gather, getitem, index_add, index_select, one_hot, scatter_add, take, take_along_axis,
+)
 from xuracore.ops.linalg import einsum, linear, matmul
 from xuracore.ops.losses import (
     bce_with_logits, cosine_loss, cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss,
 )
 from xuracore.ops.normalize import gated_rms_norm, l2_normalize, layer_norm, log_softmax, rms_norm, softmax
-from xuracore.ops.reduce import cumsum, logsumexp, max, mean, min, sum, var
+from xuracore.ops.order import argsort, median, sort, topk
+from xuracore.ops.rearrange import (
+    diag, diagonal, repeat, repeat_interleave, roll, tile, tril, triu, windows,
+)
+from xuracore.ops.reduce import (
+    all, amax, amin, any, argmax, argmin, logsumexp, max, mean, min, norm, prod, std, sum, var,
+)
 from xuracore.ops.registry import REGISTRY, Primitive, primitive
 from xuracore.ops.scan import selective_scan
 from xuracore.ops.shape import (
-    astype, broadcast_to, concatenate, flip, pad, reshape, split, stack, swapaxes, transpose,
+    astype, broadcast_to, chunk, concatenate, expand_dims, flatten, flip, moveaxis, pad, permute, reshape, split,
+    squeeze, stack, swapaxes, transpose, unsqueeze, unstack,
 )
+from xuracore.ops.ssd import ssd_scan
 from xuracore.ops.trapezoid import trapezoidal_scan
 from xuracore.ops.unpack import unpack_2, unpack_3, unpack_8

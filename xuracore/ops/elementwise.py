@@ -5,6 +5,7 @@ The vjps return gradients of the broadcast shape; the tape sums them back (see `
 
 import numpy as np
 
+from xuracore.ops.functions import samples_between
 from xuracore.ops.registry import primitive
 
 
@@ -20,15 +21,6 @@ def _pairs(rng, positive=False):
     yield (draw(0, 3), draw(3)), {}
     yield (draw(), draw()), {}
     yield (draw(4, 3).T, draw(3, 4)), {}
-
-
-def _singles(low, high):
-    def samples(rng):
-        for shape in ((3, 4), (1,), (), (0, 2)):
-            yield (np.asarray(rng.uniform(low, high, shape)),), {}
-        yield (rng.uniform(low, high, (4, 3)).T,), {}
-
-    return samples
 
 
 # ---------------------------------------------------------------------- a + b, a - b, a * b, a / b
@@ -97,7 +89,7 @@ def _negative_vjp(grad, saved, needs):
 
 
 negative = primitive("negative", _negative_forward, _negative_vjp, reference=np.negative,
-                     samples=_singles(-2, 2))
+                     samples=samples_between(-2, 2))
 
 
 def _absolute_forward(a):
@@ -109,7 +101,7 @@ def _absolute_vjp(grad, saved, needs):
     return (grad * np.sign(saved[0]),)
 
 
-absolute = primitive("absolute", _absolute_forward, _absolute_vjp, reference=np.abs, samples=_singles(0.1, 2))
+absolute = primitive("absolute", _absolute_forward, _absolute_vjp, reference=np.abs, samples=samples_between(0.1, 2))
 
 
 def _power_forward(a, b):
@@ -153,7 +145,7 @@ def _exp_vjp(grad, saved, needs):
     return (grad * saved[0],)
 
 
-exp = primitive("exp", _exp_forward, _exp_vjp, reference=np.exp, samples=_singles(-3, 3))
+exp = primitive("exp", _exp_forward, _exp_vjp, reference=np.exp, samples=samples_between(-3, 3))
 
 
 def _expm1_forward(x):
@@ -166,7 +158,7 @@ def _expm1_vjp(grad, saved, needs):
     return (grad * (saved[0] + 1),)
 
 
-expm1 = primitive("expm1", _expm1_forward, _expm1_vjp, reference=np.expm1, samples=_singles(-3, 3))
+expm1 = primitive("expm1", _expm1_forward, _expm1_vjp, reference=np.expm1, samples=samples_between(-3, 3))
 
 
 def _log_forward(x):
@@ -178,7 +170,7 @@ def _log_vjp(grad, saved, needs):
     return (grad / saved[0],)
 
 
-log = primitive("log", _log_forward, _log_vjp, reference=np.log, samples=_singles(0.2, 4))
+log = primitive("log", _log_forward, _log_vjp, reference=np.log, samples=samples_between(0.2, 4))
 
 
 def _log1p_forward(x):
@@ -190,7 +182,7 @@ def _log1p_vjp(grad, saved, needs):
     return (grad / (1 + saved[0]),)
 
 
-log1p = primitive("log1p", _log1p_forward, _log1p_vjp, reference=np.log1p, samples=_singles(-0.5, 4))
+log1p = primitive("log1p", _log1p_forward, _log1p_vjp, reference=np.log1p, samples=samples_between(-0.5, 4))
 
 
 def _sqrt_forward(x):
@@ -203,7 +195,7 @@ def _sqrt_vjp(grad, saved, needs):
     return (grad * 0.5 / saved[0],)
 
 
-sqrt = primitive("sqrt", _sqrt_forward, _sqrt_vjp, reference=np.sqrt, samples=_singles(0.2, 4))
+sqrt = primitive("sqrt", _sqrt_forward, _sqrt_vjp, reference=np.sqrt, samples=samples_between(0.2, 4))
 
 
 def _sin_forward(x):
@@ -215,7 +207,7 @@ def _sin_vjp(grad, saved, needs):
     return (grad * np.cos(saved[0]),)
 
 
-sin = primitive("sin", _sin_forward, _sin_vjp, reference=np.sin, samples=_singles(-3, 3))
+sin = primitive("sin", _sin_forward, _sin_vjp, reference=np.sin, samples=samples_between(-3, 3))
 
 
 def _cos_forward(x):
@@ -227,7 +219,7 @@ def _cos_vjp(grad, saved, needs):
     return (-grad * np.sin(saved[0]),)
 
 
-cos = primitive("cos", _cos_forward, _cos_vjp, reference=np.cos, samples=_singles(-3, 3))
+cos = primitive("cos", _cos_forward, _cos_vjp, reference=np.cos, samples=samples_between(-3, 3))
 
 
 # ---------------------------------------------------------------------- max, min, where, clip
@@ -306,7 +298,7 @@ def _clip_vjp(grad, saved, needs):
 
 
 def _clip_samples(rng):
-    for (x,), _ in _singles(-3, 3)(rng):
+    for (x,), _ in samples_between(-3, 3)(rng):
         x[np.abs(np.abs(x) - 1) < 0.05] += 0.2
         yield (x,), {"low": -1.0, "high": 1.0}
         yield (x,), {"low": None, "high": 1.0}
@@ -314,3 +306,104 @@ def _clip_samples(rng):
 
 clip = primitive("clip", _clip_forward, _clip_vjp, reference=lambda x, low, high: np.clip(x, low, high),
                  samples=_clip_samples)
+
+
+def hardtanh(x, low=-1.0, high=1.0):
+    """:func:`clip` to [low, high], as an activation."""
+    return clip(x, low=low, high=high)
+
+
+def masked_fill(x, mask, value):
+    """``x`` with ``value`` where ``mask`` (boolean, broadcastable) holds; no gradient flows there."""
+    return where(mask, value, x)
+
+
+def _nan_to_num_forward(x, nan=0.0, posinf=None, neginf=None):
+    """Finite numbers for NaN and ±∞ (None: the largest of the dtype); no gradient flows there."""
+    return np.nan_to_num(x, nan=nan, posinf=posinf, neginf=neginf), (np.isfinite(x),)
+
+
+def _nan_to_num_vjp(grad, saved, needs):
+    return (np.where(saved[0], grad, grad.dtype.type(0)),)
+
+
+def _nan_to_num_samples(rng):
+    yield from samples_between(-2, 2)(rng)
+    yield (np.array([1.0, np.nan, np.inf, -np.inf]),), {"nan": 2.0, "posinf": 3.0, "neginf": -4.0}
+
+
+nan_to_num = primitive("nan_to_num", _nan_to_num_forward, _nan_to_num_vjp, samples=_nan_to_num_samples,
+                       reference=lambda x, nan=0.0, posinf=None, neginf=None: np.nan_to_num(
+                           x, nan=nan, posinf=posinf, neginf=neginf))
+
+
+# ---------------------------------------------------------------------- more of two numbers
+def _atan2_forward(a, b):
+    """The angle of the point (b, a), in [-π, π]: atan(a / b) in the right quadrant."""
+    return np.arctan2(a, b), (a, b)
+
+
+def _atan2_vjp(grad, saved, needs):
+    a, b = saved
+    scaled = grad / (a * a + b * b)
+    return scaled * b, -scaled * a if needs[1] else None
+
+
+atan2 = primitive("atan2", _atan2_forward, _atan2_vjp, reference=np.arctan2, samples=_pairs, weak=True)
+
+
+def _logaddexp_forward(a, b):
+    """log(eᵃ + eᵇ), without overflow."""
+    y = np.logaddexp(a, b)
+    return y, (a, b, y)
+
+
+def _logaddexp_vjp(grad, saved, needs):
+    a, b, y = saved
+    finite = np.where(y == -np.inf, y.dtype.type(0), y)  # of -inf and -inf, each has gradient 0
+    to_a = grad * np.exp(np.minimum(a - finite, 0)) if needs[0] else None
+    return to_a, grad * np.exp(np.minimum(b - finite, 0)) if needs[1] else None
+
+
+logaddexp = primitive("logaddexp", _logaddexp_forward, _logaddexp_vjp, reference=np.logaddexp, samples=_pairs,
+                      weak=True)
+
+
+def _remainder_forward(a, b):
+    """a - b ⌊a / b⌋: what is left of a, with the sign of b."""
+    return np.remainder(a, b), (a, b)
+
+
+def _remainder_vjp(grad, saved, needs):
+    a, b = saved
+    return grad, -grad * np.floor_divide(a, b) if needs[1] else None
+
+
+def _remainder_samples(rng):
+    for (a, b), attributes in _pairs(rng):
+        whole = rng.integers(-3, 3, np.broadcast_shapes(a.shape, b.shape))
+        yield ((whole + rng.uniform(0.1, 0.9, whole.shape)) * b, b), attributes
+
+
+remainder = primitive("remainder", _remainder_forward, _remainder_vjp, reference=np.remainder,
+                      samples=_remainder_samples, weak=True)
+
+
+def _lerp_forward(a, b, weight):
+    """a + weight (b - a): a where ``weight`` is 0, b where it is 1."""
+    return a + weight * (b - a), (a, b, weight)
+
+
+def _lerp_vjp(grad, saved, needs):
+    a, b, weight = saved
+    to_b = grad * weight
+    return grad - to_b, to_b, grad * (b - a) if needs[2] else None
+
+
+def _lerp_samples(rng):
+    for (a, b), attributes in _pairs(rng):
+        yield (a, b, np.asarray(rng.random(b.shape))), attributes
+
+
+lerp = primitive("lerp", _lerp_forward, _lerp_vjp, samples=_lerp_samples, weak=True,
+                 reference=lambda a, b, weight: (1 - weight) * a + weight * b)

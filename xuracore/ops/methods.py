@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from xuracore.ops import elementwise, index, linalg, reduce, shape
+from xuracore.ops import activation, cumulate, elementwise, index, linalg, reduce, shape
 from xuracore.tensor import Tensor
 
 
@@ -37,8 +37,8 @@ def _transpose(self, *axes):
 
 
 def _reduction(op):
-    def call(self, axis=None, keepdims=False):
-        return op(self, axis=axis, keepdims=keepdims)
+    def call(self, axis=None, keepdims=False, **settings):
+        return op(self, axis=axis, keepdims=keepdims, **settings)
 
     call.__doc__ = op.__doc__
     return call
@@ -55,6 +55,8 @@ METHODS = {
     "__rtruediv__": _reversed(elementwise.divide),
     "__pow__": elementwise.power,
     "__rpow__": _reversed(elementwise.power),
+    "__mod__": elementwise.remainder,
+    "__rmod__": _reversed(elementwise.remainder),
     "__neg__": elementwise.negative,
     "__abs__": elementwise.absolute,
     "__matmul__": linalg.matmul,
@@ -68,11 +70,37 @@ METHODS = {
     "__ne__": _compare(np.not_equal),
     "reshape": _reshape,
     "transpose": _transpose,
+    "permute": _transpose,
     "swapaxes": shape.swapaxes,
+    "moveaxis": shape.moveaxis,
+    "squeeze": shape.squeeze,
+    "unsqueeze": shape.unsqueeze,
+    "flatten": shape.flatten,
+    "split": shape.split,
+    "chunk": shape.chunk,
     "sum": _reduction(reduce.sum),
     "mean": _reduction(reduce.mean),
     "max": _reduction(reduce.max),
     "min": _reduction(reduce.min),
+    "prod": _reduction(reduce.prod),
+    "var": _reduction(reduce.var),
+    "std": _reduction(reduce.std),
+    "norm": _reduction(reduce.norm),
+    "argmax": reduce.argmax,
+    "argmin": reduce.argmin,
+    "any": reduce.any,
+    "all": reduce.all,
+    "cumsum": lambda self, axis=-1: cumulate.cumsum(self, axis=axis),
+    "abs": elementwise.absolute,
+    "exp": elementwise.exp,
+    "log": elementwise.log,
+    "sqrt": elementwise.sqrt,
+    "sin": elementwise.sin,
+    "cos": elementwise.cos,
+    "clip": lambda self, low=None, high=None: elementwise.clip(self, low=low, high=high),
+    "tanh": activation.tanh,
+    "sigmoid": activation.sigmoid,
+    "relu": activation.relu,
     "astype": lambda self, dtype: shape.astype(self, dtype=np.dtype(dtype)),
 }
 

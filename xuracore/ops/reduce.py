@@ -1,4 +1,4 @@
-"""Sums, means, extremes and their relatives along axes.
+"""Sums, products, means, norms, extremes and their relatives along axes.
 
 ``axis`` is None (all), an integer or a tuple; ``keepdims`` as in NumPy.
 """
@@ -7,8 +7,9 @@ import math
 
 import numpy as np
 
-from xuracore.errors import ShapeError
+from xuracore.errors import ConfigError
 from xuracore.ops.registry import primitive
+from xuracore.tensor import Tensor
 
 
 def _spread(grad, shape, axis, keepdims):
@@ -141,23 +142,127 @@ logsumexp = primitive("logsumexp", _logsumexp_forward, _logsumexp_vjp,
                       samples=_logsumexp_samples)
 
 
-def _cumsum_forward(x, axis=-1):
-    """Cumulative sum along one axis."""
-    if axis is None:
-        raise ShapeError("cumsum runs along one axis; reshape(-1) first to sum over all elements in order")
-    return x.cumsum(axis=axis), (axis,)
+# ---------------------------------------------------------------------- standard deviation, norm, product
+def _std_forward(x, axis=None, keepdims=False, correction=0):
+    """Standard deviation over ``axis``, see :func:`var`; where it is 0, so is the gradient."""
+    centred = x - x.mean(axis=axis, keepdims=True)
+    y = x.std(axis=axis, keepdims=keepdims, ddof=correction)
+    return y, (centred, y, axis, keepdims, x.size / (np.size(y) or 1) - correction)
 
 
-def _cumsum_vjp(grad, saved, needs):
-    (axis,) = saved
-    return (np.flip(np.flip(grad, axis).cumsum(axis=axis), axis),)
+def _std_vjp(grad, saved, needs):
+    centred, y, axis, keepdims, count = saved
+    share = grad / np.where(y == 0, np.inf, y * (count if count > 0 else math.nan)).astype(grad.dtype)
+    return (_spread(share, centred.shape, axis, keepdims) * centred,)
 
 
-def _cumsum_samples(rng):
-    yield (rng.standard_normal((3, 4)),), {"axis": 0}
-    yield (rng.standard_normal((3, 4)),), {}
-    yield (rng.standard_normal((1,)),), {}
+std = primitive("std", _std_forward, _std_vjp,
+                reference=lambda x, axis=None, keepdims=False, correction=0:
+                    np.std(x, axis=axis, keepdims=keepdims, ddof=correction),
+                samples=lambda rng: ((x, {**a, "correction": c}) for c in (0, 1)
+                                     for x, a in _samples(rng, False) if x[0].ndim))
 
 
-cumsum = primitive("cumsum", _cumsum_forward, _cumsum_vjp,
-                   reference=lambda x, axis=-1: np.cumsum(x, axis=axis), samples=_cumsum_samples)
+def _norm_forward(x, axis=None, keepdims=False, order=2.0):
+    """(Σ |x|ᵖ)^(1/p) with p = ``order`` > 0, or the largest |x| if that is inf; where it is 0, so is the gradient.
+
+    Raises ConfigError for an order that is not positive.
+    """
+    if not order > 0:
+        raise ConfigError(f"norm: order={order!r}; expected a number above 0, or math.inf")
+    size = np.abs(x)
+    if order == 2:
+        y = np.sqrt((x * x).sum(axis=axis, keepdims=True))
+    elif order == math.inf:
+        y = size.max(axis=axis, keepdims=True, initial=0)
+    else:
+        y = (size**order).sum(axis=axis, keepdims=True) ** (1 / order)
+    flat = y if keepdims else y.reshape(_reduced(x.shape, axis))
+    return flat, (x, y, axis, keepdims, order)
+
+
+def _norm_vjp(grad, saved, needs):
+    x, y, axis, keepdims, order = saved
+    spread = _spread(grad, x.shape, axis, keepdims)
+    safe = np.where(y == 0, y.dtype.type(1), y)
+    if order == 2:
+        return (spread * (x / safe),)
+    if order == math.inf:
+        hit = (np.abs(x) == y) & (y != 0)
+        count = np.maximum(hit.sum(axis=axis, keepdims=True), 1).astype(grad.dtype)
+        return (spread / count * np.sign(x) * hit,)
+    ratio = np.abs(x) / safe
+    if order < 1:  # the slope at 0 is infinite; 0 is the one number that keeps it usable
+        ratio = np.where(x == 0, x.dtype.type(1), ratio)
+    return (spread * np.sign(x) * ratio ** (order - 1),)
+
+
+def _norm_reference(x, axis=None, keepdims=False, order=2.0):
+    size = np.abs(x)
+    if order == math.inf:
+        return size.max(axis=axis, keepdims=keepdims)
+    return (size**order).sum(axis=axis, keepdims=keepdims) ** (1 / order)
+
+
+def _norm_samples(rng):
+    for (x,), attributes in _samples(rng):
+        yield (x,), attributes
+    for order in (1.0, 3.5, math.inf):
+        x = rng.standard_normal((4, 3)).T
+        yield (x + 0.1 * np.sign(x),), {"axis": 1, "keepdims": order == 1, "order": order}
+
+
+norm = primitive("norm", _norm_forward, _norm_vjp, reference=_norm_reference, samples=_norm_samples)
+
+
+def _prod_forward(x, axis=None, keepdims=False):
+    """Product over ``axis``; gradients are right where factors are 0."""
+    return x.prod(axis=axis, keepdims=keepdims), (x, axis, keepdims)
+
+
+def _prod_vjp(grad, saved, needs):
+    """The product of all other factors: of those before times that of those after."""
+    x, axis, keepdims = saved
+    spread = _spread(grad, x.shape, axis, keepdims)
+    axes = tuple(range(x.ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
+    axes = [a % x.ndim for a in axes]
+    order = [a for a in range(x.ndim) if a not in axes] + axes
+    moved = x.transpose(order)
+    count = math.prod(moved.shape[x.ndim - len(axes) :])
+    factors = moved.reshape(math.prod(moved.shape[: x.ndim - len(axes)]), count)
+    before, after = np.ones_like(factors), np.ones_like(factors)
+    factors[:, :-1].cumprod(axis=1, out=before[:, 1:])
+    factors[:, :0:-1].cumprod(axis=1, out=after[:, -2::-1] if count > 1 else after[:, :0])
+    others = (before * after).reshape(moved.shape).transpose(np.argsort(order))
+    return (spread * others,)
+
+
+def _prod_samples(rng):
+    yield from _samples(rng)
+    for zeros in (1, 2):
+        x = rng.standard_normal((3, 4))
+        x[1, :zeros] = 0
+        yield (x,), {"axis": 1}
+    yield (rng.standard_normal((2, 1)),), {"axis": -1}
+
+
+prod = primitive("prod", _prod_forward, _prod_vjp, reference=np.prod, samples=_prod_samples)
+
+
+# ---------------------------------------------------------------------- places and truths: arrays, off the tape
+amax, amin = max, min
+
+
+def _off_tape(function, explanation):
+    def call(x, axis=None, keepdims=False):
+        return function(x.data if isinstance(x, Tensor) else x, axis=axis, keepdims=keepdims)
+
+    call.__name__ = call.__qualname__ = function.__name__
+    call.__doc__ = f"{explanation}, of a Tensor or array; an array, off the tape."
+    return call
+
+
+argmax = _off_tape(np.argmax, "Place of the first largest element along ``axis`` (None: in the flat order)")
+argmin = _off_tape(np.argmin, "Place of the first smallest element along ``axis`` (None: in the flat order)")
+any = _off_tape(np.any, "Whether any element along ``axis`` is not 0")
+all = _off_tape(np.all, "Whether all elements along ``axis`` are not 0")
