@@ -119,6 +119,49 @@ def pool():
     return _pool
 
 
+_sharing, _sharing_lock, _blas_before = 0, threading.Lock(), ()  # calls of share() under way, and what they set aside
+
+
+def share(calls, work):
+    """Make ``calls``, (function, arguments …) each, on the threads there are, with BLAS on one thread in each.
+
+    For tasks that are chains of small matrix products and kernels: BLAS would split each small product
+    instead.  Less than a few million scalar operations of ``work`` stay in the calling thread.
+    """
+    workers = min(len(calls), get_num_threads()) if work >= SHARED_WORK and parallel_allowed() else 1
+    runs = [calls[i::workers] for i in range(workers)]
+    _hold_blas(1)
+    try:
+        others = [pool().submit(_in_turn, run) for run in runs[1:]]
+        try:
+            _in_turn(runs[0])
+        finally:
+            for other in others:
+                other.result()
+    finally:
+        _hold_blas(-1)
+
+
+SHARED_WORK = 2_000_000  # handing tasks to another thread costs as much as a million products
+
+
+def _in_turn(calls):
+    for function, *arguments in calls:
+        function(*arguments)
+
+
+def _hold_blas(step):
+    """Count the callers that need BLAS on one thread: the first sets it, the last sets it back."""
+    global _sharing, _blas_before
+    with _sharing_lock:
+        if _sharing == 0:
+            _blas_before = [(setter, getter()) for getter, setter in _blas_functions()]
+        _sharing += step
+        for setter, before in _blas_before:
+            if before > 1:
+                setter(1 if _sharing else before)
+
+
 def blas_is_controlled():
     """Whether :func:`set_num_threads` reaches the BLAS that NumPy uses."""
     return bool(_blas_functions())
@@ -149,8 +192,8 @@ def _blas_functions():
 
 
 def _after_fork():
-    global _forked, _pool, _pool_lock
-    _forked, _pool, _pool_lock = True, None, threading.Lock()
+    global _forked, _pool, _pool_lock, _sharing_lock
+    _forked, _pool, _pool_lock, _sharing_lock = True, None, threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
