@@ -1,25 +1,23 @@
 """Language models on a stack of mixers: tokens in, logits and a state of constant size out."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from xuracore import io, nn, ops
+from xuracore import nn, ops
 from xuracore.autograd import no_grad
 from xuracore.config import Config, require
 from xuracore.errors import ShapeError
 from xuracore.nn import Module
 from xuracore.tensor import Tensor
+from xuramamba import pretrained
 from xuramamba.block import Stack, StackConfig
 from xuramamba.generate import generate
-
-MODEL_TYPE = "xura_language_model"
 
 
 @dataclass(frozen=True)
 class LanguageModelConfig(Config):
-    """Sizes of a language model; ``mixer_fields`` go to every mixer as they are."""
+    """Sizes of a language model; those of its stack are explained at :class:`StackConfig`."""
 
     vocab_size: int
     d_model: int
@@ -30,35 +28,66 @@ class LanguageModelConfig(Config):
     mlp_multiple_of: int = 128
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
+    pad_vocab_size_multiple: int = 1  # rows of the table are rounded up to this; no id names the others
+    layer_types: tuple[str, ...] = ()
+    rms_norm: bool = True
+    eos_token_ids: tuple[int, ...] = ()  # ids that end a text
 
     def __post_init__(self):
         require(self.vocab_size > 0, f"vocab_size={self.vocab_size}; expected a positive number")
+        require(
+            self.pad_vocab_size_multiple > 0,
+            f"pad_vocab_size_multiple={self.pad_vocab_size_multiple}; expected a positive number",
+        )
+        require(
+            all(0 <= i < self.vocab_size for i in self.eos_token_ids),
+            f"eos_token_ids are {self.eos_token_ids}; the vocabulary has {self.vocab_size}",
+        )
         self.stack  # refuses what does not fit together
+
+    @property
+    def padded_vocab_size(self):
+        """Rows of the embedding table, and the width of the logits."""
+        return -(-self.vocab_size // self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
     @property
     def stack(self):
         return StackConfig(
             self.d_model, self.n_layer, self.mixer, self.mixer_fields, self.d_intermediate,
-            self.mlp_multiple_of, self.norm_eps,
+            self.mlp_multiple_of, self.norm_eps, self.layer_types, self.rms_norm,
         )  # fmt: skip
 
 
 class Backbone(Stack):
-    """Embedding and stack: ``hidden, state = backbone(token_ids, state=None)``."""
+    """Embedding and stack: ``hidden, state = backbone(token_ids, state=None)``, hidden (B, L, d_model)."""
 
     def __init__(self, config, *, rng):
-        self.embedding = nn.Embedding(config.vocab_size, config.d_model, rng=rng)
+        self.embedding = nn.Embedding(config.padded_vocab_size, config.d_model, rng=rng)
         super().__init__(config.stack, rng=rng)
+        self._vocab_size = config.vocab_size
 
     def forward(self, token_ids, state=None, **options):
-        return super().forward(self.embedding(token_ids), state, **options)
+        ids = np.asarray(token_ids.data if isinstance(token_ids, Tensor) else token_ids)
+        if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind not in "iu":
+            raise ShapeError(f"token_ids: shape {ids.shape}, type {ids.dtype}; expected (B, L ≥ 1) integers")
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            raise ShapeError(
+                f"token_ids go from {ids.min()} to {ids.max()}; the vocabulary has {self._vocab_size}: "
+                "was the text encoded with another tokenizer?"
+            )
+        return super().forward(self.embedding(ids), state, **options)
 
 
 class LanguageModel(Module):
     """``logits, state = lm(token_ids, state=None)``, token_ids (B, L) whole numbers.
 
-    logits (B, L, vocab_size).  state carries the past: a model fed token by token gives the logits
-    of the whole sequence.
+    logits (B, L, padded_vocab_size).  state carries the past: a model fed token by token, or in pieces
+    of any length, gives the logits of the whole sequence.  Keywords (``mask``, ``cu_seqlens``) are
+    handed to every mixer.  Parameters have the names of the published checkpoints.
+
+    >>> config = LanguageModelConfig(vocab_size=256, d_model=64, n_layer=2, mixer="mamba1")
+    >>> lm = LanguageModel(config, rng=np.random.default_rng(0))
+    >>> logits, state = lm(np.array([[104, 105]]))
     """
 
     def __init__(self, config, *, rng=None):
@@ -66,7 +95,7 @@ class LanguageModel(Module):
         self.config = config
         self.backbone = Backbone(config, rng=rng)
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False, rng=rng)
+            self.lm_head = nn.Linear(config.d_model, config.padded_vocab_size, bias=False, rng=rng)
 
     def initial_state(self, batch):
         """The state before the first token."""
@@ -74,45 +103,36 @@ class LanguageModel(Module):
 
     def logits(self, hidden):
         """Scores of the next token from ``hidden`` (…, d_model)."""
-        tied = self.config.tie_embeddings
-        return ops.linear(hidden, self.backbone.embedding.weight if tied else self.lm_head.weight)
+        if self.config.tie_embeddings:
+            return ops.linear(hidden, self.backbone.embedding.weight)
+        return self.lm_head(hidden)
 
     def forward(self, token_ids, state=None, **options):
-        ids = np.asarray(token_ids.data if isinstance(token_ids, Tensor) else token_ids)
-        if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind not in "iu":
-            raise ShapeError(f"token_ids: shape {ids.shape}, type {ids.dtype}; expected (B, L ≥ 1) integers")
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.config.vocab_size:
-            raise ShapeError(
-                f"token_ids go from {ids.min()} to {ids.max()}; the vocabulary has {self.config.vocab_size}"
-            )
-        hidden, state = self.backbone(ids, state, **options)
+        hidden, state = self.backbone(token_ids, state, **options)
         return self.logits(hidden), state
 
     def generate(
         self, token_ids, max_new_tokens=64, temperature=0.0, top_k=None, top_p=None, rng=None, stop=None,
-        stream=None,
+        stream=None, **options,
     ):  # fmt: skip
-        """Continue ``token_ids`` (B, L); see :func:`xuramamba.generate.generate`."""
+        """Continue ``token_ids``; see :func:`xuramamba.generate.generate`."""
         with no_grad():
-            return generate(self, token_ids, max_new_tokens, temperature, top_k, top_p, rng, stop, stream)
+            return generate(
+                self, token_ids, max_new_tokens, temperature, top_k, top_p, rng, stop, stream, **options
+            )
 
-    def save_pretrained(self, directory):
-        """Write config.json and model.safetensors into ``directory``, created if missing."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        io.save_safetensors(directory / "model.safetensors", self.state_dict())
-        io.save_json(directory / "config.json", {"model_type": MODEL_TYPE, **self.config.to_dict()})
+    def save_pretrained(self, directory, format="xura"):
+        """Write config.json and model.safetensors into ``directory``, created if missing.
+
+        format : ``"xura"``, or ``"huggingface"`` for a folder that transformers opens with the same
+            logits (Mamba, Mamba-2 and FalconMamba; ConfigError for what it has no class for).
+        """
+        pretrained.save(self, directory, format)
 
     @classmethod
-    def from_pretrained(cls, directory):
-        """Read what :meth:`save_pretrained` wrote."""
-        directory = Path(directory)
-        fields = dict(io.load_json(directory / "config.json"))
-        kind = fields.pop("model_type", None)
-        require(
-            kind == MODEL_TYPE,
-            f"{directory / 'config.json'}: model_type is {kind!r}; expected {MODEL_TYPE!r}",
-        )
-        model = cls(LanguageModelConfig.from_dict(fields))
-        model.load_state_dict(io.load_safetensors(directory / "model.safetensors"))
-        return model
+    def from_pretrained(cls, directory, *, dtype="float32", mixer_fields=None):
+        """Read a folder: our own, Hugging Face's (Mamba, Mamba-2, FalconMamba) or state-spaces'.
+
+        See :func:`xuramamba.pretrained.load` for the files, the options and the errors.
+        """
+        return pretrained.load(cls, LanguageModelConfig, directory, dtype, mixer_fields)

@@ -12,16 +12,19 @@ from xuracore.io.safetensors import (
     save_safetensors,
 )
 from xuracore.io.strict_json import load_json, parse_json, save_json
+from xuracore.io.torch_file import TorchFile, open_torch_file
 
 __all__ = [
     "Checkpoint",
     "CheckpointDirectory",
     "SafetensorsFile",
+    "TorchFile",
     "from_bfloat16",
     "load_json",
     "load_safetensors",
     "load_sharded",
     "open_safetensors",
+    "open_torch_file",
     "parse_json",
     "read_header",
     "read_metadata",

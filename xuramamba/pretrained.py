@@ -1,0 +1,164 @@
+"""Model folders: which file holds what, and how names and layouts of others become ours.
+
+Nothing in a folder is believed: configurations are bounded JSON, weights are safetensors or a torch file
+read without unpickling, and names and shapes are compared whole before the first weight is read.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from xuracore import io
+from xuracore.config import require
+from xuracore.errors import ConfigError, FormatError
+from xuracore.io.torch_file import open_torch_file
+from xuracore.nn import init
+from xuramamba import published
+
+MODEL_TYPE = "xura_language_model"
+FORMATS = ("xura", "huggingface")
+WEIGHT_FILES = (
+    "model.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "pytorch_model.bin",
+)  # fmt: skip
+_EMBEDDING, _HEAD = "backbone.embedding.weight", "lm_head.weight"
+
+
+def load(model_class, config_class, directory, dtype="float32", mixer_fields=None):
+    """Build a model from ``directory``, which holds config.json (or params.json) and weights.
+
+    Weights are model.safetensors, its sharded form (model.safetensors.index.json), Mistral's
+    consolidated.safetensors or pytorch_model.bin, the first of them that is there.
+    dtype : ``"float32"`` (F16 and BF16 are widened as they are read, one tensor at a time) or
+        ``"float64"``.
+    mixer_fields : options of the mixers that a published configuration does not state, such as
+        ``{"a_activation": "softplus"}`` for Mamba-3 models trained before June 2026.
+
+    Raises FormatError for a damaged or hostile file and for weights that are not finite, ConfigError for
+    a configuration that means nothing here, StateDictError that lists every missing, unexpected and
+    misshapen tensor at once, OSError for what cannot be read.  Nothing is left behind by a failure.
+    """
+    require(
+        str(dtype) in ("float32", "float64"), f"dtype is {dtype!r}; models compute in float32 or float64"
+    )
+    directory = Path(directory)
+    config = read_config(directory)
+    with open_weights(directory) as file:
+        names = own_names(file)
+        shapes = {own: file.shape(name) for own, name in names.items()}
+        fields = config_fields(config, shapes, directory)
+        if mixer_fields:
+            fields["mixer_fields"] = {**fields.get("mixer_fields", {}), **mixer_fields}
+        config = config_class.from_dict(fields)
+        if config.tie_embeddings and _HEAD in names:
+            if _equal(file, names[_EMBEDDING], names[_HEAD]):
+                del names[_HEAD]
+            else:
+                warnings.warn(
+                    f"{directory}: the configuration ties lm_head to the embedding, the weights differ; "
+                    "both are used as they are", stacklevel=3,
+                )  # fmt: skip
+                config = config.replace(tie_embeddings=False)
+        with init.blank():
+            model = model_class(config)
+        if str(dtype) == "float64":
+            model.to_dtype(np.float64)
+        model.load_state_dict({own: _Stored(file, name) for own, name in names.items()})
+    return model
+
+
+def read_config(directory):
+    """The configuration in ``directory`` as plain data; FormatError when there is none."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        reason = "is a file; expected the folder it lies in" if directory.exists() else "no such folder"
+        raise FormatError(reason, directory)
+    for name in ("config.json", "params.json"):
+        if (directory / name).is_file():
+            config = published.plain_numbers(io.load_json(directory / name, allow_infinity=True))
+            if not isinstance(config, dict):
+                raise FormatError("is not a JSON object", directory / name)
+            return config
+    raise FormatError("holds no config.json (nor params.json): this is not the folder of a model", directory)
+
+
+def open_weights(directory):
+    """The weights in ``directory``, an object with keys(), shape(name), dtype(name), read(name, half)."""
+    directory = Path(directory)
+    for name in WEIGHT_FILES:
+        if (directory / name).is_file():
+            open_file = open_torch_file if name.endswith(".bin") else io.open_safetensors
+            return open_file(directory / name)
+    if (directory / "pytorch_model.bin.index.json").is_file():
+        raise FormatError("torch files in several parts are not read; convert them to safetensors", directory)
+    raise FormatError(f"holds no weights; expected one of {', '.join(WEIGHT_FILES)}", directory)
+
+
+def config_fields(config, shapes, directory):
+    """Fields of a LanguageModelConfig for a configuration read from ``directory``, ours or published."""
+    if config.get("model_type") == MODEL_TYPE:
+        return {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        return published.language_model_fields(config, shapes)
+    except ConfigError as error:
+        raise ConfigError(f"{Path(directory) / 'config.json'}: {error}") from None
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{Path(directory) / 'config.json'}: a value has the wrong type ({error})") from None
+
+
+def own_names(file):
+    """{our parameter name: name in the file}; FormatError when two names mean the same parameter."""
+    names = {}
+    for name in file.keys():
+        own = own_name(name)
+        if own in names:
+            raise FormatError(f"means the same parameter as {names[own]!r}", file.path, name)
+        names[own] = name
+    return names
+
+
+def own_name(name):
+    """Our name of a parameter: ``model.backbone.embeddings.weight`` → ``backbone.embedding.weight``."""
+    if name.startswith(("model.backbone.", "model.lm_head.")):
+        name = name.removeprefix("model.")
+    if not name.startswith(("backbone.", "lm_head.")):  # saved without its head
+        name = f"backbone.{name}"
+    return _EMBEDDING if name == "backbone.embeddings.weight" else name
+
+
+class _Stored:
+    """A tensor that is read, and checked, when it is copied."""
+
+    def __init__(self, file, name):
+        self.file, self.name, self.shape = file, name, file.shape(name)
+
+    def __array__(self, dtype=None, copy=None):
+        array = self.file.read(self.name)
+        if array.dtype.kind != "f":
+            raise FormatError(f"holds {array.dtype} numbers; expected floating point", self.file.path, self.name)
+        if not np.isfinite(array).all():
+            count = int((~np.isfinite(array)).sum())
+            raise FormatError(
+                f"{count} of {array.size} weights are NaN or infinite: the file is damaged, or its "
+                "training diverged", self.file.path, self.name,
+            )  # fmt: skip
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+
+def _equal(file, one, other):
+    return file.shape(one) == file.shape(other) and np.array_equal(file.read(one), file.read(other))
+
+
+def save(model, directory, format="xura"):
+    """Write config.json and model.safetensors; see :meth:`LanguageModel.save_pretrained`."""
+    require(format in FORMATS, f"format is {format!r}; expected one of {', '.join(FORMATS)}")
+    state, metadata = model.state_dict(), {"format": "pt"}  # transformers asks for this word
+    if format == "huggingface":
+        config = published.hugging_face_config(model.config)
+        state["backbone.embeddings.weight"] = state.pop(_EMBEDDING)
+    else:
+        config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    io.save_safetensors(directory / "model.safetensors", state, metadata)
+    io.save_json(directory / "config.json", published.json_numbers(config))
