@@ -4,10 +4,11 @@ from xuramamba import discretize, rotary
 from xuramamba.block import Block, GatedMLP, Stack, StackConfig
 from xuramamba.language_model import LanguageModel, LanguageModelConfig
 from xuramamba.mamba1 import Mamba1, Mamba1Config, Mamba1State
+from xuramamba.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from xuramamba.mamba3 import Mamba3, Mamba3Config, Mamba3State
 
 __all__ = [
     "Block", "GatedMLP", "LanguageModel", "LanguageModelConfig", "Mamba1", "Mamba1Config", "Mamba1State",
-    "Mamba3", "Mamba3Config", "Mamba3State", "Stack", "StackConfig",
+    "Mamba2", "Mamba2Config", "Mamba2State", "Mamba3", "Mamba3Config", "Mamba3State", "Stack", "StackConfig",
     "discretize", "rotary",
 ]  # fmt: skip

@@ -60,11 +60,11 @@ RUNS = 4  # tasks of a call over all sequences, at least, where there are heads 
 class _Sizes:
     """Shapes of one call, and views of one run of heads in one chunk."""
 
-    def __init__(self, q, v, log_decay):
+    def __init__(self, q, v, log_decay, chunk):
         self.batch, self.rows, self.groups, self.size = q.shape
         self.heads, self.width = v.shape[2:]
         self.rank = self.rows // log_decay.shape[1] if log_decay.shape[1] else 1
-        self.tokens = max(1, CHUNK_ROWS // self.rank)
+        self.tokens = max(1, min(chunk, CHUNK_ROWS // self.rank))
         self.per_group = self.heads // self.groups
 
     def chunks(self, start, stop):
@@ -90,13 +90,13 @@ class _Sizes:
         )
 
 
-def scan(q, k, v, log_decay, gain, own, skip, state, spans):
+def scan(q, k, v, log_decay, gain, own, skip, state, spans, chunk=CHUNK_ROWS):
     """The recurrence of :mod:`xuracore.kernels.ssd` from ``state`` (S, H, N, P), one of S ``spans`` each.
 
     Returns (y (B, L * R, H, P), last (S, H, N, P), entering: the states before each chunk of each span,
     for :func:`scan_gradient`; empty while no tape is kept).
     """
-    sizes = _Sizes(q, v, log_decay)
+    sizes = _Sizes(q, v, log_decay, chunk)
     y, last = np.empty_like(v), np.empty_like(state)
     chunks = [len(sizes.chunks(*span[1:])) if is_grad_enabled() else 0 for span in spans]
     entering = [np.empty((n, *state.shape[1:]), q.dtype) for n in chunks]
@@ -132,9 +132,9 @@ def scan(q, k, v, log_decay, gain, own, skip, state, spans):
     return y, last, entering
 
 
-def scan_gradient(q, k, v, log_decay, gain, own, skip, entering, spans, gy, glast):
+def scan_gradient(q, k, v, log_decay, gain, own, skip, entering, spans, gy, glast, chunk=CHUNK_ROWS):
     """Gradients of :func:`scan`: (gq, gk, gv, glog_decay, ggain, gown, gskip, gstate)."""
-    sizes = _Sizes(q, v, log_decay)
+    sizes = _Sizes(q, v, log_decay, chunk)
     gstate = np.empty_like(glast)
     runs, parts = _runs(len(spans), sizes.groups, sizes.heads, RUNS)
     gq, gk = (np.empty((parts, *q.shape), q.dtype) for _ in range(2))
@@ -222,7 +222,7 @@ def _softplus(x):
 
 def _ssd_scan_forward(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, h=None,
-    *, dt_softplus=False, dt_limit=(0.0, math.inf), cu_seqlens=None,
+    *, dt_softplus=False, dt_limit=(0.0, math.inf), chunk=CHUNK_ROWS, cu_seqlens=None,
 ):  # fmt: skip
     """The scan of Mamba-2 (SSD, arXiv 2405.21060), in chunks → (y (B, L, H, P), last state (S, H, P, N)).
 
@@ -232,6 +232,7 @@ def _ssd_scan_forward(
     D (H,) or (H, P); dt_bias (H,); h (S, H, P, N) the state before the first token, S = B.
     D, z, dt_bias and h may be None: no skip, no gate, no bias, a fresh start.
     dt_softplus : dt is given before softplus.   dt_limit : dt is clipped to this range afterwards.
+    chunk : tokens per product, at most; the numbers do not depend on it.
     cu_seqlens : (S + 1,), with B = 1: sequence i is tokens cu_seqlens[i] … cu_seqlens[i + 1] of the row.
     Raises ShapeError, ConfigError.
     """
@@ -246,7 +247,7 @@ def _ssd_scan_forward(
     step = np.clip(step, x.dtype.type(low), x.dtype.type(high))
     direct = skip if skip.ndim == 1 else np.zeros(x.shape[2], x.dtype)
     inputs = (c, b, x, step * a, step, step, direct)
-    y, last, entering = scan(*inputs, np.ascontiguousarray(h.swapaxes(2, 3)), spans)
+    y, last, entering = scan(*inputs, np.ascontiguousarray(h.swapaxes(2, 3)), spans, chunk)
     if skip.ndim == 2:
         y += skip * x
     before, gate = y, None
@@ -255,11 +256,11 @@ def _ssd_scan_forward(
         activation.silu_forward.sized(8 * z.size)(z.reshape(-1), gate.reshape(-1))
         y = y * gate
     last = np.ascontiguousarray(last.swapaxes(2, 3))
-    return (y, last), (inputs, a, raw, inside, skip, z, before, gate, entering, spans, dt_softplus)
+    return (y, last), (inputs, a, raw, inside, skip, z, before, gate, entering, spans, chunk, dt_softplus)
 
 
 def _ssd_scan_vjp(grad, saved, needs):
-    inputs, a, raw, inside, skip, z, before, gate, entering, spans, soft = saved
+    inputs, a, raw, inside, skip, z, before, gate, entering, spans, chunk, soft = saved
     x, step = inputs[2], inputs[4]
     heads, width, size = *x.shape[2:], inputs[0].shape[3]
     gy, glast = (contiguous(g, s, x) for g, s in zip(grad, (x.shape, (len(spans), heads, width, size))))
@@ -270,7 +271,7 @@ def _ssd_scan_vjp(grad, saved, needs):
         activation.silu_backward.sized(8 * z.size)(through, z.reshape(-1), gz.reshape(-1))
         gy = gy * gate
     gc, gb, gx, glog, ggain, gown, gskip, gh = scan_gradient(
-        *inputs, entering, spans, gy, np.ascontiguousarray(glast.swapaxes(2, 3))
+        *inputs, entering, spans, gy, np.ascontiguousarray(glast.swapaxes(2, 3)), chunk
     )
     if skip.ndim == 2:
         gskip = np.einsum("blhp,blhp->hp", gy, x)
@@ -285,7 +286,7 @@ def _ssd_scan_vjp(grad, saved, needs):
 
 def _ssd_scan_reference(
     x, dt, A, B, C, D=None, z=None, dt_bias=None, h=None,
-    *, dt_softplus=False, dt_limit=(0.0, math.inf), cu_seqlens=None,
+    *, dt_softplus=False, dt_limit=(0.0, math.inf), chunk=CHUNK_ROWS, cu_seqlens=None,
 ):  # fmt: skip
     """The defining recurrence, one token at a time."""
     heads, width = x.shape[2:]
@@ -320,7 +321,7 @@ def _ssd_scan_samples(rng):
             count = len(packed) - 1 if packed else batch
             inputs += [normal((heads, width) if packed else heads), normal((batch, length, heads, width))]
             inputs += [normal(heads), normal((count, heads, width, size))]
-            options = {"dt_softplus": True, "dt_limit": (0.3, 1.7), "cu_seqlens": packed}
+            options = {"dt_softplus": True, "dt_limit": (0.3, 1.7), "chunk": 2, "cu_seqlens": packed}
         yield tuple(inputs), options
 
 
