@@ -6,10 +6,11 @@ from xuracore import nn, ops
 from xuracore.config import Config, require
 from xuracore.nn import Module, init
 from xuramamba.mamba1 import Mamba1, Mamba1Config
+from xuramamba.mamba2 import Mamba2, Mamba2Config
 from xuramamba.mamba3 import Mamba3, Mamba3Config
 
-MIXERS = {"mamba1": Mamba1, "mamba3": Mamba3}
-MIXER_CONFIGS = {"mamba1": Mamba1Config, "mamba3": Mamba3Config}
+MIXERS = {"mamba1": Mamba1, "mamba2": Mamba2, "mamba3": Mamba3}
+MIXER_CONFIGS = {"mamba1": Mamba1Config, "mamba2": Mamba2Config, "mamba3": Mamba3Config}
 
 
 class GatedMLP(Module):
