@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from xuracore import versions
 from xuracore.errors import ConfigError, FormatError
 from xuracore.kernels.optimizer import adamw_update, sum_of_squares
 from xuracore.nn import Module
@@ -141,6 +142,7 @@ class Optimizer:
                     gradient = np.ascontiguousarray(parameter.grad).reshape(parameter.shape)
                     settings = float(lr) * group.lr_scale, group.weight_decay, self._steps[name]
                     self._update(parameter.data, gradient, *settings, **self._state[name])
+                    versions.changed(parameter.data, name)
 
     def _update(self, data, grad, rate, decay, step, **slots):
         """Change ``data`` and ``slots`` in place; ``step`` counts from 1."""
@@ -391,10 +393,12 @@ class ExponentialMovingAverage:
         try:
             for name, parameter in self._parameters.items():
                 parameter.data[...] = self.averages[name]
+                versions.changed(parameter.data, name)
             yield self
         finally:
             for name, parameter in self._parameters.items():
                 parameter.data[...] = kept[name]
+                versions.changed(parameter.data, name)
 
     def state_dict(self):
         """{"average.name": array, "updates": count}."""

@@ -9,15 +9,19 @@
 
 from xuracore import io, nn, ops
 from xuracore._version import __version__
-from xuracore.autograd import checkpoint, enable_grad, grad, is_grad_enabled, no_grad, value_and_grad
+from xuracore.anomaly import detect_anomaly
+from xuracore.autograd import enable_grad, grad, is_grad_enabled, no_grad, value_and_grad
 from xuracore.blas import widen as widen_blas
+from xuracore.function import Function
 from xuracore.gradcheck import gradcheck
+from xuracore.recompute import checkpoint
 from xuracore.tensor import Tensor, tensor
 from xuracore.threads import get_num_threads, hold_blas_to_default, set_num_threads
 
 __all__ = [
     "Tensor", "tensor", "no_grad", "enable_grad", "is_grad_enabled", "grad", "value_and_grad", "checkpoint",
-    "gradcheck", "ops", "nn", "io", "set_num_threads", "get_num_threads", "__version__",
+    "gradcheck", "Function", "detect_anomaly", "ops", "nn", "io", "set_num_threads", "get_num_threads",
+    "__version__",
 ]
 
 widen_blas()

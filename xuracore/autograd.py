@@ -4,23 +4,33 @@ A node refers to the nodes of its inputs, never to Tensors, so an array lives on
 or some vjp holds it.  Nodes are numbered downward as they are created; a heap of those that wait for
 their vjp then gives a valid order without recursion: the newest first, so that every user of a result
 comes before its maker.  What a node saved is dropped as soon as its vjp has run.
+
+Changes in place take numbers from the same row (:mod:`xuracore.versions`): a node whose number is above
+that of the latest change is older than it, and only then what it saved has to be looked at.
 """
 
 import functools
 import inspect
-import itertools
 from contextvars import ContextVar
 from heapq import heappop, heappush
 
 import numpy as np
 
+from xuracore import versions
 from xuracore.errors import DTypeError, GradError, ShapeError
+from xuracore.versions import next_number
 
-next_number = itertools.count(0, -1).__next__
 _recording = ContextVar("xuracore_recording", default=True)
 recording = _recording.get  # for the ops: a call less than is_grad_enabled
 _USED = object()  # stands for what a node saved, once its vjp has run
-_ALREADY_USED = "was already used by an earlier backward(), which frees it; run the forward pass again"
+_ALREADY_USED = (
+    "was already used by an earlier backward(), which frees it; run the forward pass again, "
+    "or keep it with backward(retain_graph=True)"
+)
+_NO_SECOND_DERIVATIVES = (
+    "create_graph is not supported: vjps are not recorded. Use xuracore.gradcheck.hvp (central differences) "
+    "for diagnosis, or write the inner gradient as ordinary ops"
+)
 
 
 def is_grad_enabled():
@@ -31,10 +41,10 @@ def is_grad_enabled():
 class Leaf:
     """The end of the tape: where a gradient is kept."""
 
-    __slots__ = ("grad", "owned", "shape", "dtype", "number")
+    __slots__ = ("grad", "owned", "shape", "dtype", "number", "hooks")
 
     def __init__(self, data):
-        self.grad = None
+        self.grad = self.hooks = None
         self.owned = False  # whether .grad may be added to in place
         self.shape, self.dtype = data.shape, data.dtype
         self.number = next_number()
@@ -51,42 +61,24 @@ class Leaf:
 
 
 class Node:
-    """One recorded op: its primitive, the nodes of its inputs, what its vjp needs.
+    """One recorded op: its primitive, the nodes of its inputs, what its vjp needs, functions of its gradient.
 
     Filled in by the call of the op, see :mod:`xuracore.ops.registry`.
     """
 
-    __slots__ = ("primitive", "parents", "saved", "shape", "dtype", "number")
+    __slots__ = ("primitive", "parents", "saved", "shape", "dtype", "number", "hooks")
 
 
 class Output:
     """One of ``count`` outputs of a node; its gradient is handed on to the node, in a list of all of them."""
 
-    __slots__ = ("source", "index", "count", "shape", "dtype", "number")
+    __slots__ = ("source", "index", "count", "shape", "dtype", "number", "hooks")
 
     def __init__(self, source, index, count, data):
+        self.hooks = None
         self.source, self.index, self.count = source, index, count
         self.shape, self.dtype = data.shape, data.dtype
         self.number = next_number()
-
-
-class Recomputed:
-    """A call that was not recorded: the backward walk makes it again, see :func:`checkpoint`."""
-
-    __slots__ = ("function", "inputs", "number")
-
-    def __init__(self, function, inputs):
-        self.function, self.inputs = function, inputs
-        self.number = next_number()
-
-    def again(self):
-        """The results as a tuple, recorded this time, on top of the nodes the inputs already have."""
-        if self.function is None:
-            raise GradError(f"the graph through 'checkpoint' {_ALREADY_USED}")
-        with enable_grad():
-            results = self.function(*self.inputs)
-        self.function = self.inputs = None
-        return results if isinstance(results, tuple) else (results,)
 
 
 class no_grad:
@@ -140,13 +132,15 @@ def unbroadcast(gradient, shape):
     return summed.reshape(shape)
 
 
-def walk(seeds, targets=None):
+def walk(seeds, targets=None, retain=False):
     """Run the vjps from the seeds back, newest node first.
 
     seeds : (node, gradient) pairs.   targets : None to accumulate into every leaf; else a set of nodes
-    whose gradients are returned as a dict, leaving every ``.grad`` untouched.
+    whose gradients are returned as a dict, leaving every ``.grad`` untouched.   retain : keep what the
+    nodes saved, for another walk.
     """
     gradients, owned, waiting, found = {}, set(), [], {}
+    latest_change = versions.latest_change()
 
     def add(node, gradient):
         known = gradients.get(node)
@@ -163,17 +157,22 @@ def walk(seeds, targets=None):
     for node, seed in seeds:
         add(node, seed)
     while waiting:
-        node = heappop(waiting)[1]
+        number, node = heappop(waiting)
         gradient = gradients.pop(node)
+        if node.hooks is not None:
+            gradient = run_hooks(node, gradient)
         if targets is not None and node in targets:
             found[node] = gradient
         kind = type(node)
         if kind is Node:
-            parents, saved = node.parents, node.saved
+            parents, saved, primitive = node.parents, node.saved, node.primitive
             if saved is _USED:
-                raise GradError(f"the graph through {node.primitive.name!r} {_ALREADY_USED}")
-            node.saved = _USED
-            for parent, contribution in zip(parents, node.primitive.vjp(gradient, saved, parents)):
+                raise GradError(f"the graph through {primitive.name!r} {_ALREADY_USED}")
+            if number > latest_change:
+                versions.check(primitive.name, saved, number)
+            if not retain:
+                node.saved = _USED
+            for parent, contribution in zip(parents, primitive.vjp(gradient, saved, parents)):
                 if parent is not None and contribution is not None:
                     if contribution.shape != parent.shape:
                         contribution = _fitted(node, contribution, parent)
@@ -197,10 +196,25 @@ def walk(seeds, targets=None):
                 add(node.source, [None] * node.count)
             gradients[node.source][node.index] = gradient
         else:
-            for result, cotangent in zip(node.again(), gradient):
+            for result, cotangent in zip(node.again(retain), gradient):
                 if cotangent is not None and result.node is not None:
                     add(result.node, cotangent)
     return found
+
+
+def run_hooks(node, gradient):
+    """``gradient`` after the functions that :meth:`xuracore.tensor.Tensor.register_hook` put on this node."""
+    for hook in list(node.hooks.values()):
+        replaced = hook(np.asarray(gradient))
+        if replaced is not None:
+            replaced = np.asarray(_data(replaced), dtype=node.dtype)
+            if replaced.shape != node.shape:
+                raise ShapeError(
+                    f"the hook {getattr(hook, '__qualname__', hook)} returned a gradient of shape "
+                    f"{replaced.shape}; the tensor has {node.shape}"
+                )
+            gradient = replaced
+    return gradient
 
 
 def _fitted(node, contribution, parent):
@@ -231,9 +245,11 @@ def _data(x):
     return x if isinstance(x, np.ndarray) else getattr(x, "data", x)
 
 
-def backward(output, grad=None):
+def backward(output, grad=None, retain_graph=False, create_graph=False):
     """See :meth:`xuracore.tensor.Tensor.backward`."""
-    walk([_seed(output, grad)])
+    if create_graph:
+        raise GradError(_NO_SECOND_DERIVATIVES)
+    walk([_seed(output, grad)], retain=retain_graph)
 
 
 def gradients(output, inputs, grad=None):
@@ -289,10 +305,7 @@ def grad(function, argnums=0, create_graph=False):
     Second derivatives are not a feature of the tape: ``create_graph=True`` raises GradError.
     """
     if create_graph:
-        raise GradError(
-            "create_graph is not supported: vjps are not recorded. Use xuracore.gradcheck.hvp (central "
-            "differences) for diagnosis, or write the inner gradient as ordinary ops"
-        )
+        raise GradError(_NO_SECOND_DERIVATIVES)
     both = value_and_grad(function, argnums)
 
     @functools.wraps(function)
@@ -300,28 +313,3 @@ def grad(function, argnums=0, create_graph=False):
         return both(*arguments, **keywords)[1]
 
     return wrapped
-
-
-def checkpoint(function, *inputs):
-    """Call ``function`` without keeping its intermediates; the backward pass computes them again.
-
-    inputs : Tensors (or constants).  The function must give the same numbers each time, so dropout inside it
-        needs a generator made inside it; it returns a Tensor or a tuple of Tensors.  Whatever it closes
-        over gets its gradients as usual: they equal, bit by bit, those without a checkpoint.
-    """
-    from xuracore.tensor import Tensor
-
-    if not recording():
-        return function(*inputs)
-    with no_grad():
-        results = function(*inputs)
-    # What the function closes over is unknown, so its results are on the tape in any case.
-    node = Recomputed(function, inputs)
-    several = results if isinstance(results, tuple) else (results,)
-    outputs = []
-    for index, result in enumerate(several):
-        if isinstance(result, Tensor) and result.dtype.kind == "f":
-            data, result = result.data, result.detach()
-            result.node = Output(node, index, len(several), data)
-        outputs.append(result)
-    return tuple(outputs) if isinstance(results, tuple) else outputs[0]

@@ -6,7 +6,7 @@ this file needs no op and every op may need this file.
 
 import numpy as np
 
-from xuracore import autograd
+from xuracore import autograd, versions
 from xuracore.errors import DTypeError, GradError, ShapeError
 
 FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -78,12 +78,6 @@ class Tensor:
     def __iter__(self):
         return (self[i] for i in range(len(self)))
 
-    def __setitem__(self, key, value):
-        raise DTypeError(
-            "a tensor is not assigned to: what was computed from it could not know; use ops.where or "
-            "ops.concatenate, or, for a leaf outside a graph, .data[...] = value"
-        )
-
     def __bool__(self):
         return bool(self.data)
 
@@ -132,17 +126,113 @@ class Tensor:
             self.node = autograd.Leaf(self.data)
         return self
 
-    def backward(self, grad=None):
+    def backward(self, grad=None, retain_graph=False, create_graph=False):
         """Accumulate into ``.grad`` of every leaf the derivative of this tensor.
 
         grad : cotangent with this tensor's shape; may be left out for a tensor of one element.
-        Raises GradError if nothing was recorded, or if the graph was already used.
+        retain_graph : keep what the graph saved, so that ``backward`` can run through it again.
+        Raises GradError if nothing was recorded, if the graph was already used, if something it saved has
+        been changed in place since, or for ``create_graph``: second derivatives are not a feature of the tape.
         """
-        autograd.backward(self, grad)
+        autograd.backward(self, grad, retain_graph, create_graph)
+
+    def register_hook(self, hook):
+        """Call ``hook(gradient)`` whenever a backward pass has the whole gradient of this tensor.
+
+        hook : takes an array, not to be changed; returns None, or an array that takes its place.
+        Returns a handle: ``handle.remove()``, or ``with tensor.register_hook(f):``.
+        Raises GradError for a tensor without gradient.
+        """
+        if self.node is None:
+            raise GradError("register_hook needs a tensor with a gradient; this one is a constant")
+        if self.node.hooks is None:
+            self.node.hooks = {}
+        return Handle(self.node.hooks, hook)
 
     def detach(self):
         """The same data, off the tape."""
         return Tensor(self.data)
+
+    # ------------------------------------------------------------------ in place
+    # A leaf that requires gradients is changed under no_grad, a constant at any time, the result of an
+    # op never.  Each change raises the version that a backward pass compares.
+    def __setitem__(self, key, value):
+        key = key.data if isinstance(key, Tensor) else key
+        self._writable("assignment to elements", value)[key] = autograd._data(value)
+        self.mark_changed()
+
+    def copy_(self, value):
+        """Take over the numbers of ``value``, which broadcasts to this shape; returns the tensor."""
+        self[...] = value
+        return self
+
+    def add_(self, value, scale=1.0):
+        """Add ``scale`` times ``value`` in place; returns the tensor."""
+        data, value = self._writable("add_", value), autograd._data(value)
+        data += value if scale == 1 else np.multiply(value, scale, dtype=data.dtype)
+        return self.mark_changed()
+
+    def mul_(self, value):
+        """Multiply by ``value`` in place; returns the tensor."""
+        data = self._writable("mul_", value)
+        data *= autograd._data(value)
+        return self.mark_changed()
+
+    def zero_(self):
+        """Set every element to 0; returns the tensor."""
+        self[...] = 0
+        return self
+
+    def mark_changed(self):
+        """Say that ``data`` was written to directly; returns the tensor.
+
+        A backward pass through an op that saved the earlier numbers then raises GradError.  The methods
+        that change a tensor, the optimizers and ``load_state_dict`` do this by themselves.
+        """
+        versions.changed(self.data, getattr(self, "name", None))
+        return self
+
+    @property
+    def version(self):
+        """How often this memory was changed in place, as far as it was said (see :meth:`mark_changed`)."""
+        return versions.version(self.data)
+
+    def _writable(self, action, value):
+        """The array to write to, or GradError if a gradient would become wrong or get lost."""
+        if not self.is_leaf:
+            raise GradError(
+                f"{action}: this tensor is the result of an op, and its gradient could not know; use ops.where "
+                "or ops.concatenate, or change a copy: xc.tensor(x)"
+            )
+        if autograd.is_grad_enabled():
+            if self.node is not None:
+                raise GradError(
+                    f"{action} on a tensor that requires gradients: do it inside `with xc.no_grad():`, or use "
+                    "ops.where for a result with a gradient"
+                )
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise GradError(f"{action}: the gradient of the value would get lost; give value.detach()")
+        return self.data
+
+
+class Handle:
+    """What registering a function returns: ``remove()`` takes it out again; also a context manager."""
+
+    __slots__ = ("functions", "key")
+
+    def __init__(self, functions, function):
+        self.functions, self.key = functions, object()
+        functions[self.key] = function
+
+    def remove(self):
+        """Take the function out; nothing happens the second time."""
+        self.functions.pop(self.key, None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.remove()
 
 
 def tensor(data, dtype=None, requires_grad=False):

@@ -6,6 +6,7 @@ from xuracore import ops
 from xuracore.errors import ConfigError
 from xuracore.nn import init
 from xuracore.nn.module import Module, Parameter
+from xuracore.recompute import drawing_from
 
 
 class Linear(Module):
@@ -73,5 +74,6 @@ class Dropout(Module):
     def forward(self, x):
         if not self.training or self.rate == 0:
             return x
+        drawing_from(self._rng)
         keep = self._rng.random(x.shape, dtype=np.float32) >= self.rate
         return x * (keep / np.float32(1 - self.rate)).astype(x.dtype)

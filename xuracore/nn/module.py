@@ -4,17 +4,22 @@ import difflib
 
 import numpy as np
 
+from xuracore import versions
 from xuracore.errors import DTypeError, XuraError
-from xuracore.tensor import FLOATS, Tensor
+from xuracore.tensor import FLOATS, Handle, Tensor
 
 
 class Parameter(Tensor):
-    """A Tensor that a Module owns and trains: contiguous, and writable for the optimizer."""
+    """A Tensor that a Module owns and trains: contiguous, and writable for the optimizer.
 
-    __slots__ = ()
+    ``name`` is the longest path under which :meth:`Module.named_parameters` has listed it, for messages.
+    """
+
+    __slots__ = ("name",)
 
     def __init__(self, data, requires_grad=True):
         super().__init__(data)
+        self.name = None
         self.data = np.require(self.data, requirements=("C", "W"))
         self.requires_grad_(requires_grad)
 
@@ -35,6 +40,7 @@ class Module:
     """
 
     training = True
+    _hooks = None  # or two dicts of functions, called before and after forward
 
     def __setattr__(self, name, value):
         if isinstance(value, (list, tuple, dict)) and not name.startswith("_"):
@@ -47,7 +53,40 @@ class Module:
         super().__setattr__(name, value)
 
     def __call__(self, *arguments, **keywords):
+        if self._hooks is not None:
+            return self._call_with_hooks(arguments, keywords)
         return self.forward(*arguments, **keywords)
+
+    def _call_with_hooks(self, arguments, keywords):
+        before, after = self._hooks
+        for hook in list(before.values()):
+            changed = hook(self, arguments)
+            if changed is not None:
+                arguments = changed if isinstance(changed, tuple) else (changed,)
+        result = self.forward(*arguments, **keywords)
+        for hook in list(after.values()):
+            changed = hook(self, arguments, result)
+            result = result if changed is None else changed
+        return result
+
+    def register_forward_pre_hook(self, hook):
+        """Call ``hook(module, arguments)`` before each forward; what it returns, if not None, are the arguments.
+
+        Returns a handle: ``handle.remove()``, or ``with module.register_forward_pre_hook(f):``.
+        """
+        return self._register(0, hook)
+
+    def register_forward_hook(self, hook):
+        """Call ``hook(module, arguments, result)`` after each forward; what it returns, if not None, is the result.
+
+        Returns a handle: ``handle.remove()``, or ``with module.register_forward_hook(f):``.
+        """
+        return self._register(1, hook)
+
+    def _register(self, place, hook):
+        if self._hooks is None:
+            self._hooks = {}, {}
+        return Handle(self._hooks[place], hook)
 
     def forward(self, *arguments, **keywords):
         """What the module computes; called through ``module(...)``."""
@@ -88,6 +127,8 @@ class Module:
         for name, parameter in self._all_parameters():
             if parameter not in seen:
                 seen.add(parameter)
+                if not (parameter.name or "").endswith(name):
+                    parameter.name = name
                 yield name, parameter
 
     def parameters(self):
@@ -146,6 +187,7 @@ class Module:
             raise StateDictError("\n".join(lines))
         for name, values in given.items():
             own[name][...] = values
+            versions.changed(own[name], name)
         return missing, unexpected
 
     # ------------------------------------------------------------------ switches

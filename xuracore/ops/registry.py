@@ -5,22 +5,26 @@ and the labels of the profiler.  An op without vjp, reference or samples cannot 
 """
 
 import inspect
+import weakref
 from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 
-from xuracore.autograd import Node, Output, next_number, recording
+from xuracore.autograd import Node, Output, recording
 from xuracore.tensor import Tensor
+from xuracore.versions import next_number
 
 REGISTRY = {}
+_records = weakref.WeakSet()  # the registered ones, and those of the users' own Functions
+_instruments = []  # what stands around every forward and vjp at the moment
 
 _ndarray = np.ndarray
 _new = object.__new__  # half the price of a Python __init__, at every op
 _PYTHON_NUMBERS = (float, int)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Primitive:
     """Everything there is to know about one op.
 
@@ -40,6 +44,38 @@ class Primitive:
     tolerance: float = 1e-5
     weak: bool = False  # integer arrays take the float type they meet: they are numbers, not indices
 
+    def __post_init__(self):
+        self.bare = self.forward, self.vjp
+        _records.add(self)
+        self.dress()
+
+    def dress(self):
+        """Put the instruments that are open around ``forward`` and ``vjp``."""
+        forward, vjp = self.bare
+        for instrument in _instruments:
+            forward, vjp = instrument(self, forward, vjp)
+        self.forward, self.vjp = forward, vjp
+
+
+def open_instrument(instrument):
+    """Put ``instrument(record, forward, vjp) -> (forward, vjp)`` around every op until it is closed.
+
+    Profiler and anomaly detection work by this; while none is open, an op pays nothing for them.
+    """
+    _instruments.append(instrument)
+    _dress_all()
+
+
+def close_instrument(instrument):
+    """Take ``instrument`` off every op again."""
+    _instruments.remove(instrument)
+    _dress_all()
+
+
+def _dress_all():
+    for record in list(_records):
+        record.dress()
+
 
 def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False):
     """Register an op and return the function users call.
@@ -52,17 +88,24 @@ def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e
         raise ValueError(f"an op named {name!r} is already registered")
     record = Primitive(name, forward, vjp, reference, samples, outputs, tolerance, weak)
     REGISTRY[name] = record
+    call = recorded(record)
+    call.__doc__ = forward.__doc__ or reference.__doc__
+    call.primitive = record
+    return call
+
+
+def recorded(record):
+    """The function that calls ``record.forward`` and puts the call on the tape."""
+    forward, outputs = record.bare[0], record.outputs
     parameters = inspect.signature(forward).parameters.values()
     places = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
     call = (_several_outputs if outputs > 1 else _one_output)(record, places)
     if outputs == 1 and len(places) == len(parameters) and all(p.default is p.empty for p in places):
         if len(places) == 1:
             call = _of_one(record, call)
-        elif len(places) == 2 and weak:  # both are numbers; the second of ``getitem`` is an attribute
+        elif len(places) == 2 and record.weak:  # both are numbers; the second of ``getitem`` is an attribute
             call = _of_two(record, call)
-    call.__name__ = call.__qualname__ = name
-    call.__doc__ = forward.__doc__ or reference.__doc__
-    call.primitive = record
+    call.__name__ = call.__qualname__ = record.name
     return call
 
 
@@ -128,7 +171,7 @@ def _by_position(places, inputs, attributes):
 
 
 def _one_output(record, places):
-    forward, weak = record.forward, record.weak
+    weak = record.weak
 
     def call(*inputs, **attributes):
         if attributes:
@@ -137,7 +180,7 @@ def _one_output(record, places):
                     inputs, attributes = _by_position(places, inputs, attributes)
                     break
         arrays, nodes = _arrays(inputs, weak)
-        data, saved = forward(*arrays, **attributes)
+        data, saved = record.forward(*arrays, **attributes)
         if nodes is None:
             return data
         if type(data) is not _ndarray:
@@ -155,6 +198,7 @@ def _one_output(record, places):
                     node.shape = data.shape
                     node.dtype = data.dtype
                     node.number = next_number()
+                    node.hooks = None
                 break
         return result
 
@@ -162,20 +206,20 @@ def _one_output(record, places):
 
 
 def _several_outputs(record, places):
-    forward, weak = record.forward, record.weak
+    weak = record.weak
 
     def call(*inputs, **attributes):
         if any(isinstance(value, Tensor) for value in attributes.values()):
             inputs, attributes = _by_position(places, inputs, attributes)
         arrays, nodes = _arrays(inputs, weak)
-        outputs, saved = forward(*arrays, **attributes)
+        outputs, saved = record.forward(*arrays, **attributes)
         if nodes is None:
             return outputs
         results = tuple(Tensor(data) for data in outputs)
         if any(node is not None for node in nodes) and recording():
             node = _new(Node)
             node.primitive, node.parents, node.saved = record, nodes, saved
-            node.shape = node.dtype = None  # its outputs have them
+            node.shape = node.dtype = node.hooks = None  # its outputs have them
             node.number = next_number()
             for index, result in enumerate(results):
                 result.node = Output(node, index, len(results), result.data)
@@ -189,12 +233,11 @@ def _several_outputs(record, places):
 # a tenth of the whole op.
 def _of_one(record, general):
     """``general`` for ops of one input without attributes."""
-    forward = record.forward
 
     def call(x):
         if not isinstance(x, Tensor):
             return general(x)
-        data, saved = forward(x.data)
+        data, saved = record.forward(x.data)
         if type(data) is not _ndarray:
             data = np.asarray(data)
         result = _new(Tensor)
@@ -210,6 +253,7 @@ def _of_one(record, general):
         node.shape = data.shape
         node.dtype = data.dtype
         node.number = next_number()
+        node.hooks = None
         return result
 
     return call
@@ -217,7 +261,6 @@ def _of_one(record, general):
 
 def _of_two(record, general):
     """``general`` for ops of two numbers without attributes: Tensors of one type, or one and a number."""
-    forward = record.forward
 
     def call(a, b):
         if isinstance(a, Tensor):
@@ -234,7 +277,7 @@ def _of_two(record, general):
             x, left, y, right = a, None, b.data, b.node
         else:
             return general(a, b)
-        data, saved = forward(x, y)
+        data, saved = record.forward(x, y)
         if type(data) is not _ndarray:
             data = np.asarray(data)
         result = _new(Tensor)
@@ -249,6 +292,7 @@ def _of_two(record, general):
         node.shape = data.shape
         node.dtype = data.dtype
         node.number = next_number()
+        node.hooks = None
         return result
 
     return call
