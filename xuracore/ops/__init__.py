@@ -4,6 +4,7 @@ from xuracore.ops import methods  # noqa: F401  (gives Tensor its operators)
 from xuracore.ops.activation import erf, gelu, relu, sigmoid, silu, softplus, tanh
 from xuracore.ops.attention import attention
 from xuracore.ops.contrastive import info_nce, multi_positive_info_nce, sigmoid_contrastive_loss
+from xuracore.ops.conv2d import conv1d, conv2d, conv_transpose2d, fold, patchify, unfold
 from xuracore.ops.convolve import causal_conv1d
 from xuracore.ops.cumulate import cummax, cummin, cumprod, cumsum, logcumsumexp
 from xuracore.ops.elementwise import (
@@ -14,15 +15,18 @@ from xuracore.ops.functions import (
     acos, acosh, asin, asinh, atan, atanh, ceil, cosh, elu, exp2, floor, hardswish, leaky_relu, log2, log10,
     log_sigmoid, mish, reciprocal, round, rsqrt, sign, sinh, softsign, square, tan, trunc,
 )
+from xuracore.ops.group_norm import batch_norm, group_norm, instance_norm
 from xuracore.ops.index import (
     embedding, gather, getitem, index_add, index_select, one_hot, scatter_add, take, take_along_axis,
 )
-from xuracore.ops.linalg import einsum, linear, matmul
+from xuracore.ops.linalg import dot, einsum, linear, matmul, outer
 from xuracore.ops.losses import (
-    bce_with_logits, cosine_loss, cross_entropy, huber_loss, l1_loss, mse_loss, smooth_l1_loss,
+    bce_with_logits, binary_cross_entropy, cosine_embedding_loss, cosine_loss, cross_entropy, huber_loss, kl_div,
+    l1_loss, mse_loss, nll_loss, smooth_l1_loss, triplet_margin_loss,
 )
 from xuracore.ops.normalize import gated_rms_norm, l2_normalize, layer_norm, log_softmax, rms_norm, softmax
 from xuracore.ops.order import argsort, median, sort, topk
+from xuracore.ops.pool import adaptive_avg_pool2d, avg_pool1d, avg_pool2d, max_pool1d, max_pool2d
 from xuracore.ops.rearrange import (
     diag, diagonal, repeat, repeat_interleave, roll, tile, tril, triu, windows,
 )
@@ -30,6 +34,8 @@ from xuracore.ops.reduce import (
     all, amax, amin, any, argmax, argmin, logsumexp, max, mean, min, norm, prod, std, sum, var,
 )
 from xuracore.ops.registry import REGISTRY, Primitive, primitive
+from xuracore.ops.resize import interpolate
+from xuracore.ops.rotary import rope
 from xuracore.ops.scan import selective_scan
 from xuracore.ops.shape import (
     astype, broadcast_to, chunk, concatenate, expand_dims, flatten, flip, moveaxis, pad, permute, reshape, split,

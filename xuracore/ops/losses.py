@@ -9,7 +9,11 @@ import numpy as np
 from xuracore.errors import ConfigError, DTypeError, ShapeError
 from xuracore.kernels import activation
 from xuracore.kernels import cross_entropy as kernels
-from xuracore.ops.arrays import flat, floating, rows
+from xuracore.ops.activation import relu
+from xuracore.ops.arrays import flat, floating, rows, vector
+from xuracore.ops.elementwise import add, subtract, where
+from xuracore.ops.reduce import mean, norm
+from xuracore.ops.reduce import sum as sum_of
 from xuracore.ops.registry import primitive
 
 
@@ -87,6 +91,56 @@ cross_entropy = primitive("cross_entropy", _cross_entropy_forward, _cross_entrop
                           reference=_cross_entropy_reference, samples=_cross_entropy_samples)
 
 
+def _nll_loss_forward(log_p, target, weight=None, ignore_index=-100, reduction="mean"):
+    """-weight[target] log_p[target]: :func:`cross_entropy` for logarithms of probabilities.
+
+    log_p (..., V); target (...) integers in [0, V) or ``ignore_index``; weight (V,) or None, not
+    differentiated.  The mean is divided by the sum of the weights of the positions that count.
+    """
+    log_p, target = floating(log_p), np.asarray(target)
+    classes = log_p.shape[-1]
+    if target.dtype.kind not in "iu":
+        raise DTypeError(f"nll_loss: target is {target.dtype}; expected integer class indices")
+    if target.shape != log_p.shape[:-1]:
+        raise ShapeError(f"nll_loss: target has shape {target.shape}; log_p {log_p.shape} need {log_p.shape[:-1]}")
+    keep = target != ignore_index
+    index = np.where(keep, target, 0)
+    if index.size and (index.min() < 0 or index.max() >= classes):
+        raise IndexError(f"nll_loss: a target is outside the {classes} classes (and is not {ignore_index})")
+    each = vector(weight, classes, log_p.dtype, 1, "weight")[index] * keep
+    picked = np.take_along_axis(log_p, index[..., None], axis=-1)[..., 0]
+    count = np.sum(each, dtype=np.float64)
+    value, share = _reduce(np.where(keep, -each * picked, 0), reduction, log_p.dtype, count if count > 0 else 1)
+    return value, (index, each, share, log_p.shape)
+
+
+def _nll_loss_vjp(grad, saved, needs):
+    index, each, share, shape = saved
+    out = np.zeros(shape, grad.dtype)
+    np.put_along_axis(out, index[..., None], (-grad * each * grad.dtype.type(share))[..., None], axis=-1)
+    return out, None, None
+
+
+def _nll_loss_reference(log_p, target, weight=None, ignore_index=-100, reduction="mean"):
+    weight = np.ones(log_p.shape[-1]) if weight is None else np.asarray(weight)
+    each = np.array([0 if t == ignore_index else weight[t] for t in target.flat]).reshape(target.shape)
+    hit = np.array([row[max(t, 0)] for row, t in zip(log_p.reshape(-1, log_p.shape[-1]), target.flat)])
+    loss = -each * hit.reshape(target.shape)
+    return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / (each.sum() or 1)}[reduction]
+
+
+def _nll_loss_samples(rng):
+    log_p, target = -rng.uniform(0.1, 2, (5, 4)), np.array([0, 3, -100, 2, 2])
+    for reduction in ("mean", "sum", "none"):
+        yield (log_p, target), {"reduction": reduction}
+    yield (log_p, target), {"weight": (1, 2, 3, 4)}
+    yield (-rng.random((2, 3, 4)), rng.integers(0, 4, (2, 3))), {"ignore_index": 3}
+
+
+nll_loss = primitive("nll_loss", _nll_loss_forward, _nll_loss_vjp, reference=_nll_loss_reference,
+                     samples=_nll_loss_samples)
+
+
 # ---------------------------------------------------------------------- elementwise losses
 def _same_shape(name, a, b):
     a, b = floating(a), np.asarray(b)
@@ -137,6 +191,79 @@ def _bce_with_logits_samples(rng):
 
 bce_with_logits = primitive("bce_with_logits", _bce_with_logits_forward, _bce_with_logits_vjp,
                             reference=_bce_with_logits_reference, samples=_bce_with_logits_samples)
+
+
+def _binary_cross_entropy_forward(p, target, reduction="mean"):
+    """-t log p - (1 - t) log(1 - p) for probabilities p, each logarithm no less than -100.
+
+    From logits, :func:`bce_with_logits` is exact where this one rounds.
+    """
+    p, t = _same_shape("binary_cross_entropy", p, target)
+    if p.size and not (p.min() >= 0 and p.max() <= 1):
+        raise ConfigError("binary_cross_entropy: p lies outside [0, 1]; for logits use bce_with_logits")
+    tiny = p.dtype.type(np.exp(-87.0))  # the logarithm of 0 is never taken
+    yes = np.where(p > 0, np.log(np.maximum(p, tiny)), p.dtype.type(-100))
+    no = np.where(p < 1, np.log1p(-np.minimum(p, 1 - np.finfo(p.dtype).epsneg)), p.dtype.type(-100))
+    value, share = _reduce(-(t * yes + (1 - t) * no), reduction, p.dtype)
+    return value, (p, t, yes, no, share)
+
+
+def _binary_cross_entropy_vjp(grad, saved, needs):
+    p, t, yes, no, share = saved
+    scaled = grad * p.dtype.type(share)
+    to_p = scaled * (p - t) / np.maximum(p * (1 - p), p.dtype.type(1e-12)) if needs[0] else None
+    return to_p, scaled * (no - yes) if needs[1] else None
+
+
+def _binary_cross_entropy_samples(rng):
+    for reduction in ("mean", "sum", "none"):
+        yield (rng.uniform(0.05, 0.95, (3, 4)), rng.random((3, 4))), {"reduction": reduction}
+    yield (np.array(0.7), np.array(0.2)), {}
+
+
+binary_cross_entropy = primitive(
+    "binary_cross_entropy", _binary_cross_entropy_forward, _binary_cross_entropy_vjp,
+    samples=_binary_cross_entropy_samples,
+    reference=lambda p, t, reduction="mean": _reduced(-t * np.log(p) - (1 - t) * np.log(1 - p), reduction),
+)  # fmt: skip
+
+
+def _kl_div_forward(log_q, p, log_target=False, reduction="mean"):
+    """p (log p - log q), the divergence of ``log_q`` from ``p``, element by element; 0 where p is 0.
+
+    log_target : p is given by its logarithm too.   reduction : also "batchmean", the sum over the first
+    size: the divergence itself, where "mean" divides by the number of all elements.
+    """
+    log_q, p = _same_shape("kl_div", log_q, p)
+    log_p = p if log_target else np.log(np.where(p > 0, p, p.dtype.type(1)))
+    p = np.exp(p) if log_target else p
+    by_batch = reduction == "batchmean"
+    loss = p * (log_p - log_q)
+    value, share = _reduce(loss, "mean" if by_batch else reduction, p.dtype, len(p) if by_batch else None)
+    return value, (loss, p, log_p - log_q, log_target, share)
+
+
+def _kl_div_vjp(grad, saved, needs):
+    loss, p, difference, log_target, share = saved
+    scaled = grad * p.dtype.type(share)
+    to_p = None
+    if needs[1]:
+        to_p = scaled * (loss + p) if log_target else scaled * np.where(p > 0, difference + 1, p.dtype.type(0))
+    return -scaled * p, to_p
+
+
+def _kl_div_reference(log_q, p, log_target=False, reduction="mean"):
+    loss = np.exp(p) * (p - log_q) if log_target else p * (np.log(p) - log_q)
+    return loss.sum() / len(p) if reduction == "batchmean" else _reduced(loss, reduction)
+
+
+def _kl_div_samples(rng):
+    for reduction in ("mean", "sum", "none", "batchmean"):
+        yield (-rng.random((3, 4)), rng.uniform(0.1, 1, (3, 4))), {"reduction": reduction}
+    yield (-rng.random((3, 4)), -rng.random((3, 4))), {"log_target": True}
+
+
+kl_div = primitive("kl_div", _kl_div_forward, _kl_div_vjp, reference=_kl_div_reference, samples=_kl_div_samples)
 
 
 def _difference_loss(name, value_and_slope, reference, explanation, **attributes):
@@ -229,3 +356,26 @@ def _cosine_loss_samples(rng):
 
 cosine_loss = primitive("cosine_loss", _cosine_loss_forward, _cosine_loss_vjp,
                         reference=_cosine_loss_reference, samples=_cosine_loss_samples)
+
+
+def cosine_embedding_loss(a, b, target, margin=0.0, reduction="mean", eps=1e-8):
+    """1 - cos(a, b) over the last axis where ``target`` is 1, max(0, cos(a, b) - margin) where it is -1."""
+    target = np.asarray(target)
+    if not np.isin(target, (1, -1)).all():
+        raise ConfigError("cosine_embedding_loss: target holds numbers other than 1 and -1")
+    apart = cosine_loss(a, b, reduction="none", eps=eps)
+    if target.shape != apart.shape:
+        raise ShapeError(f"cosine_embedding_loss: target {target.shape}; expected {tuple(apart.shape)}")
+    return _reduced_op(where(target == 1, apart, relu(subtract(1 - margin, apart))), reduction)
+
+
+def triplet_margin_loss(anchor, positive, negative, margin=1.0, reduction="mean"):
+    """max(0, |anchor - positive| - |anchor - negative| + margin), with distances over the last axis."""
+    near, far = (norm(subtract(anchor, other), axis=-1) for other in (positive, negative))
+    return _reduced_op(relu(add(subtract(near, far), margin)), reduction)
+
+
+def _reduced_op(loss, reduction):
+    if reduction not in ("mean", "sum", "none"):
+        raise ConfigError(f"reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
+    return loss if reduction == "none" else mean(loss) if reduction == "mean" else sum_of(loss)
