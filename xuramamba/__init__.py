@@ -2,13 +2,16 @@
 
 from xuramamba import discretize, rotary
 from xuramamba.block import Block, GatedMLP, Stack, StackConfig
+from xuramamba.byte_tokenizer import ByteTokenizer
 from xuramamba.language_model import LanguageModel, LanguageModelConfig
 from xuramamba.mamba1 import Mamba1, Mamba1Config, Mamba1State
 from xuramamba.mamba2 import Mamba2, Mamba2Config, Mamba2State
 from xuramamba.mamba3 import Mamba3, Mamba3Config, Mamba3State
+from xuramamba.tokenizer import ByteLevelBPE, load_tokenizer
 
 __all__ = [
-    "Block", "GatedMLP", "LanguageModel", "LanguageModelConfig", "Mamba1", "Mamba1Config", "Mamba1State",
+    "Block", "ByteLevelBPE", "ByteTokenizer", "GatedMLP", "LanguageModel", "LanguageModelConfig",
+    "Mamba1", "Mamba1Config", "Mamba1State",
     "Mamba2", "Mamba2Config", "Mamba2State", "Mamba3", "Mamba3Config", "Mamba3State", "Stack", "StackConfig",
-    "discretize", "rotary",
+    "discretize", "load_tokenizer", "rotary",
 ]  # fmt: skip

@@ -5,12 +5,10 @@ Three layouts are known: Hugging Face's (``model_type`` mamba, mamba2, falcon_ma
 are those of the published classes: a key that a file leaves out means what its writer's class says.
 """
 
-import dataclasses
 import math
 
 from xuracore.config import require
 from xuracore.errors import ConfigError
-from xuramamba.block import MIXER_CONFIGS
 
 HUGGING_FACE = ("mamba", "mamba2", "falcon_mamba")
 ARCHITECTURES = {
@@ -20,7 +18,7 @@ ARCHITECTURES = {
 _NOT_SIZES = {
     "layer", "use_fast_path", "use_mem_eff_path", "layer_idx", "device", "dtype", "process_group",
     "sequence_parallel", "dt_init", "A_init_range", "conv_init", "chunk_size", "fuse_pregate_headwise_norm",
-    "dt_scale",
+    "dt_scale", "dt_min", "dt_max", "dt_init_floor",
 }  # fmt: skip
 _RENAMED = {"A_floor": "a_floor"}
 
@@ -132,8 +130,7 @@ def _from_state_spaces(config):
     require(isinstance(ssm, dict), f"ssm_cfg is a {type(ssm).__name__}; expected an object")
     mixer = str(ssm.get("layer", "Mamba1")).lower()
     require(mixer in ("mamba1", "mamba2", "mamba3"), f"ssm_cfg.layer is {ssm.get('layer')!r}")
-    known = {field.name for field in dataclasses.fields(MIXER_CONFIGS[mixer])}
-    fields = {_RENAMED.get(key, key): value for key, value in ssm.items() if key in known or key not in _NOT_SIZES}
+    fields = {_RENAMED.get(key, key): value for key, value in ssm.items() if key not in _NOT_SIZES}
     if mixer == "mamba3":
         fields.setdefault("rotary", "half" if fields.get("is_mimo") else "pair")
     return {
@@ -200,7 +197,7 @@ def hugging_face_config(config):
 def _no_counterpart(mixer, config, kind):
     """Fields of a mixer that change what it computes and that transformers cannot be told."""
     fixed = {"mamba1": {}, "mamba2": {"norm_before_gate": False, "D_has_hdim": False, "rmsnorm": True}}[kind]
-    fixed |= {"norm_eps": config.norm_eps} if kind == "mamba2" else {}
+    fixed |= {"norm_eps": config.norm_eps, "width": mixer.d_inner} if kind == "mamba2" else {}
     return [name for name, value in fixed.items() if getattr(mixer, name, value) != value]
 
 

@@ -1,71 +1,35 @@
-"""Text as bytes: no vocabulary to train, no word it cannot spell.
-
-Ids 0–255 are the bytes of UTF-8; the special tokens follow, and ``UNUSED`` pads the table to a multiple of
-eight rows.
-"""
+"""The byte tokenizer of :mod:`xuramamba`, which can also give a text word by word."""
 import re
 
-import numpy as np
-
 from xuracore.errors import DTypeError, ShapeError
+from xuramamba import byte_tokenizer
+from xuramamba.byte_tokenizer import (
+    BOS,
+    EOS,
+    IMG,
+    PAD,
+    READ,
+    SEP,
+    SPECIAL_NAMES,
+    TOOL,
+    UNUSED,
+    VOCABULARY_SIZE,
+    pad_rows,
+)
 
-PAD, BOS, EOS, SEP, IMG, TOOL, READ, UNUSED = range(256, 264)
-VOCABULARY_SIZE = 264
-SPECIAL_NAMES = ("PAD", "BOS", "EOS", "SEP", "IMG", "TOOL", "READ", "UNUSED")
-
+__all__ = ["BOS", "EOS", "IMG", "PAD", "READ", "SEP", "SPECIAL_NAMES", "TOOL", "UNUSED", "VOCABULARY_SIZE",
+           "WORD_BYTES", "ByteTokenizer", "pad_rows"]
 
 WORD_BYTES = 12  # bytes of a word that become one token
 _WORD = re.compile(r"\w+|[^\w\s]")
 
 
-def pad_rows(rows, width=None):
-    """Lists of ids → int64 (len(rows), width), padded with PAD; width defaults to the longest."""
-    width = max(map(len, rows), default=0) if width is None else width
-    ids = np.full((len(rows), width), PAD, np.int64)
-    for row, line in zip(rows, ids):
-        line[:len(row)] = row
-    return ids
-
-
-class ByteTokenizer:
+class ByteTokenizer(byte_tokenizer.ByteTokenizer):
     """Turns text into byte ids and back.
 
     >>> ByteTokenizer().encode("red").tolist()
     [114, 101, 100]
     """
-
-    vocabulary_size = VOCABULARY_SIZE
-    pad, bos, eos, sep, img, tool, read = PAD, BOS, EOS, SEP, IMG, TOOL, READ
-
-    def encode(self, text, max_length=None, add_special=False):
-        """Ids of a text, int64 (length,); with ``add_special``, BOS before and EOS after.
-
-        Half a surrogate pair becomes "?".  Raises DTypeError when ``text`` is not
-        a string, ShapeError when the ids would be more than ``max_length``: no text is cut in silence.
-        """
-        if not isinstance(text, str):
-            raise DTypeError(f"expected a string to encode, got {type(text).__name__}")
-        ids = list(text.encode("utf-8", errors="replace"))
-        if add_special:
-            ids = [BOS, *ids, EOS]
-        if max_length is not None and len(ids) > max_length:
-            shown = text if len(text) <= 60 else text[:57] + "..."
-            extra = ", BOS and EOS" if add_special else ""
-            raise ShapeError(f"the text needs {len(ids)} tokens (one per byte{extra}), the limit is "
-                             f"{max_length}: {shown!r}; shorten it or raise the limit")
-        return np.array(ids, np.int64)
-
-    def encode_batch(self, texts, length=None, add_special=False):
-        """Ids of several texts, int64 (count, length), padded on the right with PAD.
-
-        ``length`` defaults to the longest text.  Raises as ``encode`` does.
-        """
-        rows = [self.encode(text, length, add_special) for text in texts]
-        width = max((len(row) for row in rows), default=0) if length is None else length
-        ids = np.full((len(rows), width), PAD, np.int64)
-        for row, line in zip(rows, ids):
-            line[:len(row)] = row
-        return ids
 
     def words(self, text, max_words=None, width=WORD_BYTES):
         """The bytes of a text word by word, int64 (words, width), each row padded with PAD.
@@ -85,20 +49,3 @@ class ByteTokenizer:
             raise ShapeError(f"the text has {len(rows)} words and marks, the limit is {max_words}: {shown!r}"
                              "; shorten it or raise the limit")
         return pad_rows(rows, width)
-
-    def decode(self, ids):
-        """The text of a sequence of ids, up to the first EOS; other special tokens are left out.
-
-        Bytes that are not UTF-8 become U+FFFD.  Raises ShapeError for ids that are not one row,
-        DTypeError for ids outside the vocabulary.
-        """
-        ids = np.asarray(ids)
-        if ids.ndim != 1:
-            raise ShapeError(f"expected one row of ids, got shape {ids.shape}")
-        if ids.size and (ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= VOCABULARY_SIZE):
-            raise DTypeError(f"ids must be integers in 0..{VOCABULARY_SIZE - 1}, got {ids.dtype} "
-                             f"from {ids.min()} to {ids.max()}")
-        ends = np.flatnonzero(ids == EOS)
-        if len(ends):
-            ids = ids[:ends[0]]
-        return bytes(ids[ids < 256].astype(np.uint8)).decode("utf-8", errors="replace")
