@@ -16,9 +16,9 @@ so the products run at the speed of BLAS, and what is here fills A and X, and ta
 A row is a token and a rank, ranks of a token side by side.  c is summed in float64: its differences
 would lose digits where the decay is strong.
 
-Shapes: q, k ``(B, L * R, G, N)``; v ``(B, L * R, H, P)``; l, s, gamma ``(B, L, H)``; skip ``(H,)``.
-Each call does heads ``head … head + U`` of tokens ``start … start + Q`` of sequence ``b``; head ``h`` reads
-group ``h // (H // G)``.  products ``(U or 1, rows, rows)``, one if the heads share a group, hold q k^T.
+Shapes: v ``(B, L * R, H, P)``; l, s, gamma ``(B, L, H)``; skip ``(H,)``.  Each call does heads
+``head … head + U`` of tokens ``start … start + Q`` of sequence ``b``.  q, k ``(U or 1, rows, N)`` hold the
+rows of these tokens, one of them where the heads share a group; products ``(U or 1, rows, rows)`` is q k^T.
 """
 
 import numpy as np
@@ -39,16 +39,16 @@ def _chunk(log_decay, gain, b, start, head, count, tokens, rank):
 
 
 def ssd_chunk_numpy(
-    q, v, log_decay, gain, own, skip, b, start, head, tokens, rank, products, a, x, entering, total
+    q, v, log_decay, gain, own, skip, b, start, head, tokens, products, a, x, entering, total
 ):  # fmt: skip
     """NumPy twin of :func:`ssd_chunk`."""
-    count, size, rows = len(a), q.shape[3], tokens * rank
+    count, (_, rows, size) = len(a), q.shape
+    rank = rows // tokens
     c, decay, s, w, same = _chunk(log_decay, gain, b, start, head, count, tokens, rank)
     at = slice(start * rank, start * rank + rows)
-    groups = np.arange(head, head + count) // (v.shape[2] // q.shape[2])
     g = np.repeat(own[b, start : start + tokens, head : head + count].T, rank, axis=1)[:, :, None]
     weights = np.where(same, g, decay * s[:, None, :]) * products
-    a[:, :rows, :size] = np.exp(c)[:, :, None] * q[b, at][:, groups].swapaxes(0, 1)
+    a[:, :rows, :size] = np.exp(c)[:, :, None] * q
     a[:, :rows, size : size + rows] = weights + np.eye(rows) * skip[head : head + count, None, None]
     x[:, size : size + rows] = v[b, at, head : head + count].swapaxes(0, 1)
     entering[:, :rows] = w[:, :, None] * x[:, size : size + rows]
@@ -57,24 +57,23 @@ def ssd_chunk_numpy(
 
 @kernel(twin=ssd_chunk_numpy)
 def ssd_chunk(
-    q, v, log_decay, gain, own, skip, b, start, head, tokens, rank, products, a, x, entering, total
+    q, v, log_decay, gain, own, skip, b, start, head, tokens, products, a, x, entering, total
 ):  # fmt: skip
     """Fill A, the lower part of X, w v and e^{c_Q} for U heads of a chunk.
 
     a ``(U, rows or more, N + rows or more)``, x ``(U, N + rows or more, P)``, entering
     ``(U, rows or more, P)``, total ``(U,)``.
     """
-    size, width = q.shape[3], v.shape[3]
-    per_group = v.shape[2] // q.shape[2]
+    (each, rows, size), width = q.shape, v.shape[3]
+    rank = rows // tokens
     number = q.dtype.type
     zero = number(0)
-    rows = tokens * rank
     c = np.empty(tokens, np.float64)
     weight = np.empty(rows, q.dtype)
     for u in range(a.shape[0]):
         h = head + u
-        g = h // per_group
-        scores = products[u if products.shape[0] > 1 else 0]
+        slot = u if each > 1 else 0
+        scores = products[slot]
         running = 0.0
         for i in range(tokens):
             running += np.float64(log_decay[b, start + i, h])
@@ -87,8 +86,7 @@ def ssd_chunk(
                     weight[j * rank + r] = rise
             for r in range(rank):
                 row = i * rank + r
-                source = q[b, start * rank + row, g]
-                target, out, score = a[u, row], a[u, row, size:], scores[row]
+                source, target, out, score = q[slot, row], a[u, row], a[u, row, size:], scores[row]
                 for n in range(size):
                     target[n] = near * source[n]
                 for j in range(i * rank):
@@ -110,11 +108,12 @@ def ssd_chunk(
 
 
 def ssd_chunk_gradient_numpy(
-    v, log_decay, gain, own, b, start, head, tokens, rank, products, a, x, grad,
+    v, log_decay, gain, own, b, start, head, tokens, products, a, x, grad,
     da, dx, back, dkeys, dproducts, dq, dk, gv, glog_decay, ggain, gown, gskip,
 ):  # fmt: skip
     """NumPy twin of :func:`ssd_chunk_gradient`."""
-    count, size, rows = len(a), a.shape[2] - a.shape[1], tokens * rank
+    count, size, rows = len(a), a.shape[2] - a.shape[1], products.shape[1]
+    rank = rows // tokens
     part = np.s_[b, start : start + tokens, head : head + count]
     c, decay, s, w, same = _chunk(log_decay, gain, b, start, head, count, tokens, rank)
     e = da[:, :rows, size : size + rows]
@@ -150,7 +149,7 @@ def ssd_chunk_gradient_numpy(
 
 @kernel(twin=ssd_chunk_gradient_numpy, fastmath=REDUCE)
 def ssd_chunk_gradient(
-    v, log_decay, gain, own, b, start, head, tokens, rank, products, a, x, grad,
+    v, log_decay, gain, own, b, start, head, tokens, products, a, x, grad,
     da, dx, back, dkeys, dproducts, dq, dk, gv, glog_decay, ggain, gown, gskip,
 ):  # fmt: skip
     """Gradients of the elementwise half, from those of the products.
@@ -162,7 +161,8 @@ def ssd_chunk_gradient(
     size, width = a.shape[2] - a.shape[1], v.shape[3]
     number = v.dtype.type
     zero = number(0)
-    rows = tokens * rank
+    rows = products.shape[1]
+    rank = rows // tokens
     c = np.empty(tokens, np.float64)
     weight, flow = np.empty(rows, v.dtype), np.empty(tokens, v.dtype)
     dlog, dgain = np.empty(tokens, v.dtype), np.empty(tokens, v.dtype)
@@ -256,3 +256,58 @@ def ssd_chunk_gradient(
             i = tokens - 1 - back_i
             after += out[i]
             glog_decay[b, start + i, h] += after
+
+
+def ssd_steps_numpy(q, k, v, log_decay, gain, own, skip, b, start, head, tokens, state, y):
+    """NumPy twin of :func:`ssd_steps`."""
+    count, rank = len(state), q.shape[1] // tokens
+    heads = slice(head, head + count)
+    for i in range(tokens):
+        t, rows = start + i, slice((start + i) * rank, (start + i + 1) * rank)
+        values = v[b, rows, heads].swapaxes(0, 1)
+        queries, keys = (x[:, i * rank : (i + 1) * rank] for x in (q, k))
+        state *= np.exp(log_decay[b, t, heads])[:, None, None]
+        weights = own[b, t, heads, None, None] * (queries @ keys.swapaxes(1, 2))
+        weights = weights + np.eye(rank, dtype=v.dtype) * skip[heads, None, None]
+        y[b, rows, heads] = (queries @ state + weights @ values).swapaxes(0, 1)
+        state += gain[b, t, heads, None, None] * (keys.swapaxes(1, 2) @ values)
+
+
+@kernel(twin=ssd_steps_numpy, fastmath=REDUCE)
+def ssd_steps(q, k, v, log_decay, gain, own, skip, b, start, head, tokens, state, y):
+    """The recurrence token by token: writes these tokens' y, and ``state`` (U, N, P) in place."""
+    (each, rows, size), width = q.shape, v.shape[3]
+    rank = rows // tokens
+    number = q.dtype.type
+    zero = number(0)
+    for u in range(state.shape[0]):
+        h = head + u
+        slot = u if each > 1 else 0
+        for i in range(tokens):
+            t = start + i
+            decay, push = exp(log_decay[b, t, h]), gain[b, t, h]
+            for r in range(rank):
+                out = y[b, t * rank + r, h]
+                for p in range(width):
+                    out[p] = zero
+                for o in range(rank):
+                    weight = skip[h] if r == o else zero
+                    dot = zero
+                    for n in range(size):
+                        dot += q[slot, i * rank + r, n] * k[slot, i * rank + o, n]
+                    weight += own[b, t, h] * dot
+                    value = v[b, t * rank + o, h]
+                    for p in range(width):
+                        out[p] += weight * value[p]
+            for n in range(size):
+                line = state[u, n]
+                for p in range(width):
+                    line[p] *= decay
+                for r in range(rank):
+                    out, weight = y[b, t * rank + r, h], q[slot, i * rank + r, n]
+                    for p in range(width):
+                        out[p] += weight * line[p]
+                for r in range(rank):
+                    value, weight = v[b, t * rank + r, h], push * k[slot, i * rank + r, n]
+                    for p in range(width):
+                        line[p] += weight * value[p]
