@@ -13,7 +13,9 @@ from xuracore import nn, ops
 from xuracore.config import Config, require
 from xuracore.errors import ShapeError
 from xuracore.nn import Module, Parameter, init
+from xuracore.ops.blocks import sequences
 from xuracore.tensor import Tensor
+from xuramamba import packed
 
 
 class Mamba1State(NamedTuple):
@@ -25,7 +27,11 @@ class Mamba1State(NamedTuple):
 
 @dataclass(frozen=True)
 class Mamba1Config(Config):
-    """Sizes and options of one layer."""
+    """Sizes and options of one layer.
+
+    dt_limit : step sizes are clipped to this range.
+    mixer_rms_eps : with a number, dt (before dt_proj), B and C pass a norm without weights (FalconMamba).
+    """
 
     d_model: int
     d_state: int = 16
@@ -38,6 +44,8 @@ class Mamba1Config(Config):
     dt_max: float = 0.1
     dt_scale: float = 1.0
     dt_init_floor: float = 1e-4
+    dt_limit: tuple[float, float] = (0.0, math.inf)
+    mixer_rms_eps: float | None = None
 
     def __post_init__(self):
         sizes = (self.d_model, self.d_state, self.d_conv, self.expand)
@@ -46,6 +54,12 @@ class Mamba1Config(Config):
             self.dt_rank == "auto" or isinstance(self.dt_rank, int) and self.dt_rank > 0,
             f"dt_rank={self.dt_rank!r}; expected 'auto' or a positive number",
         )
+        require(
+            len(self.dt_limit) == 2 and 0 <= self.dt_limit[0] < self.dt_limit[1],
+            f"dt_limit={self.dt_limit}; expected (low, high) with 0 ≤ low < high",
+        )
+        eps = self.mixer_rms_eps
+        require(eps is None or eps >= 0, f"mixer_rms_eps={eps}; expected None, or a number not below 0")
 
     @property
     def d_inner(self):
@@ -69,10 +83,13 @@ class DepthwiseConv(Module):
 
 
 class Mamba1(Module):
-    """``y, state = mixer(x, state=None)``, x and y (B, L, d_model).
+    """``y, state = mixer(x, state=None, *, mask=None, cu_seqlens=None)``, x and y (B, L, d_model).
 
     state : what an earlier call returned; None starts afresh.  One token, many, or all at once:
         the numbers are the same.
+    mask : (B, L), false for padding, which the state does not see and where y = 0.
+    cu_seqlens : (n + 1,), with B = 1: sequence i is tokens cu_seqlens[i] … cu_seqlens[i + 1] of the
+        row; each starts afresh, or from its row of a state with batch n.
 
     >>> mixer = Mamba1(64, d_state=16, rng=np.random.default_rng(0))
     """
@@ -101,16 +118,25 @@ class Mamba1(Module):
         shapes = ((batch, c.d_conv - 1, c.d_inner), (batch, c.d_inner, c.d_state))
         return Mamba1State(*(Tensor(np.zeros(shape, dtype)) for shape in shapes))
 
-    def forward(self, x, state=None):
+    def forward(self, x, state=None, *, mask=None, cu_seqlens=None):
         c = self.config
         if x.ndim != 3 or x.shape[-1] != c.d_model:
             raise ShapeError(f"Mamba1: x has shape {x.shape}; expected (B, L, {c.d_model})")
+        if mask is not None:
+            return packed.run_padded(self, x, state, mask, cu_seqlens)
         conv, ssm = state or (None, None)
         u, z = ops.unpack_2(self.in_proj(x), sizes=(c.d_inner, c.d_inner))
-        u, conv = self.conv1d(u, conv)
+        if cu_seqlens is None:
+            u, conv = self.conv1d(u, conv)
+        else:
+            sequences(x.shape, cu_seqlens, "Mamba1")  # refuses what is not one
+            u, conv = packed.convolve(self.conv1d, u, conv, cu_seqlens, c.d_conv - 1)
         low, b, mix = ops.unpack_3(self.x_proj(u), sizes=(c.rank, c.d_state, c.d_state))
+        if c.mixer_rms_eps is not None:
+            low, b, mix = (ops.rms_norm(part, eps=c.mixer_rms_eps) for part in (low, b, mix))
         delta = ops.linear(low, self.dt_proj.weight)
         y, ssm = ops.selective_scan(
-            u, delta, -ops.exp(self.A_log), b, mix, self.D, z, self.dt_proj.bias, ssm, delta_softplus=True
-        )
+            u, delta, -ops.exp(self.A_log), b, mix, self.D, z, self.dt_proj.bias, ssm,
+            delta_softplus=True, dt_limit=c.dt_limit, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
         return self.out_proj(y), Mamba1State(conv, ssm)

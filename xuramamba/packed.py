@@ -42,6 +42,17 @@ class Padding:
         return rows[self._places].reshape(*self.shape, y.shape[-1])
 
 
+def run_padded(mixer, x, state, mask, cu_seqlens=None):
+    """``mixer(x, state)`` over the real tokens of each row alone; y is zero at padding."""
+    if cu_seqlens is not None:
+        raise ShapeError("a mask and cu_seqlens were given; expected one of them")
+    padding = Padding(mask, x.shape[:2])
+    if padding.is_none:
+        return mixer(x, state)
+    y, state = mixer(padding.pack(x), state, cu_seqlens=padding.edges)
+    return padding.unpack(y), state
+
+
 def convolve(conv, x, state, edges, past):
     """``conv`` over each sequence of a packed row: y (1, L, C), and the state (n, past, C) after each.
 

@@ -118,49 +118,53 @@ def test_trapezoid_gives_the_same_bits_on_any_number_of_threads(runs):
         assert x.tobytes() == y.tobytes()
 
 
-def _selective_inputs(rng, batch, length, groups, per_group, size, gated, dtype):
-    channels = groups * per_group
+def _selective_inputs(rng, lengths, groups, per_group, size, gated, dtype):
+    channels, tokens = groups * per_group, sum(lengths)
 
     def normal(*shape):
         return rng.standard_normal(shape).astype(dtype)
 
-    z = normal(batch, length, channels) if gated else np.zeros((0, 0, 0), dtype)
+    z = normal(tokens, channels) if gated else np.zeros((0, 0), dtype)
     return [
-        normal(batch, length, channels), normal(batch, length, channels),
-        -rng.uniform(0.1, 2, (channels, size)).astype(dtype), normal(batch, length, groups, size),
-        normal(batch, length, groups, size), normal(channels), z, normal(channels),
-        normal(batch, channels, size),
+        normal(tokens, channels), normal(tokens, channels),
+        -rng.uniform(0.1, 2, (channels, size)).astype(dtype), normal(tokens, groups, size),
+        normal(tokens, groups, size), normal(channels), z, normal(channels),
+        normal(len(lengths), channels, size),
     ]  # fmt: skip
 
 
-def _selective_both(inputs, soft, block, runs, cotangents):
-    u, b = inputs[0], inputs[3]
-    (batch, length, channels), (groups, size) = u.shape, b.shape[2:]
-    tasks, blocks = selective_scan.tasks(batch, channels, groups), -(-length // block)
-    shapes = [u.shape, (batch, channels, size), (batch, blocks, size, channels)]
+def _selective_both(inputs, lengths, limits, soft, block, runs, cotangents):
+    u, b, count = inputs[0], inputs[3], len(lengths)
+    channels, (groups, size) = u.shape[1], b.shape[1:]
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    rows = np.concatenate([[0], np.cumsum(-(-np.array(lengths) // block))])
+    options = edges, rows, *np.array(limits, u.dtype), soft, block
+    tasks = selective_scan.tasks(count, channels, groups)
+    shapes = [u.shape, (count, channels, size), (rows[-1], size, channels)]
     out = _unwritten(shapes, u.dtype)
-    _call(selective_scan.selective_scan_forward, tasks, runs)(*inputs, soft, block, *out)
+    _call(selective_scan.selective_scan_forward, tasks, runs)(*inputs, *options, *out)
     partial = (selective_scan.runs(channels, groups), *b.shape)
-    shapes = [u.shape, u.shape, (batch, size, channels), partial, partial, (batch, channels)]
-    shapes += [inputs[6].shape, (batch, channels), (batch, channels, size)]
+    shapes = [u.shape, u.shape, (count, size, channels), partial, partial, (count, channels)]
+    shapes += [inputs[6].shape, (count, channels), (count, channels, size)]
     back = _unwritten(shapes, u.dtype)
     call = _call(selective_scan.selective_scan_backward, tasks, runs)
-    call(*inputs[:8], soft, block, out[2], *cotangents, *back)
+    call(*inputs[:8], *options, out[2], *cotangents, *back)
     return out + back
 
 
 @settings(max_examples=25)
 @given(
-    st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.sampled_from([1, 2, 5, 70, 128]),
-    st.integers(1, 5), st.booleans(), st.booleans(), st.integers(1, 5), st.integers(0, 2**32 - 1),
+    st.lists(st.integers(0, 6), min_size=1, max_size=3), st.integers(1, 3), st.sampled_from([1, 2, 5, 70, 256]),
+    st.integers(1, 5), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 5), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_selective_scan_equals_its_twin(batch, length, groups, per_group, size, gated, soft, block, seed):
+def test_selective_scan_equals_its_twin(lengths, groups, per_group, size, gated, soft, limited, block, seed):
     rng = np.random.default_rng(seed)
-    inputs = _selective_inputs(rng, batch, length, groups, per_group, size, gated, np.float64)
+    inputs = _selective_inputs(rng, lengths, groups, per_group, size, gated, np.float64)
     if not soft:
         inputs[1] = np.abs(inputs[1]) + 2 + np.abs(inputs[7]).max()
     cotangents = [rng.standard_normal(x.shape) for x in (inputs[0], inputs[8])]
-    got, want = (_selective_both(inputs, soft, block, runs, cotangents) for runs in (1, 0))
+    limits = (0.5, 2.5) if limited else (-np.inf, np.inf)
+    got, want = (_selective_both(inputs, lengths, limits, soft, block, runs, cotangents) for runs in (1, 0))
     for x, y in zip(got, want):
         np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-9)
 
@@ -168,7 +172,9 @@ def test_selective_scan_equals_its_twin(batch, length, groups, per_group, size, 
 @pytest.mark.parametrize("runs", [2, 3])
 def test_selective_scan_gives_the_same_bits_on_any_number_of_threads(runs):
     rng = np.random.default_rng(2)
-    inputs = _selective_inputs(rng, 2, 20, 1, 100, 4, True, np.float32)
+    inputs = _selective_inputs(rng, (20, 20), 1, 200, 4, True, np.float32)
     cotangents = [np.ones_like(inputs[0]), np.ones_like(inputs[8])]
-    for x, y in zip(*(_selective_both(inputs, True, 8, n, cotangents) for n in (1, runs))):
+    limits = -np.inf, np.inf
+    one, several = (_selective_both(inputs, (20, 20), limits, True, 8, n, cotangents) for n in (1, runs))
+    for x, y in zip(one, several):
         assert x.tobytes() == y.tobytes()

@@ -4,11 +4,11 @@ import numpy as np
 
 from xuracore.errors import ShapeError
 from xuracore.kernels import selective_scan as selective
-from xuracore.ops.blocks import block_length, contiguous
+from xuracore.ops.blocks import Spans, block_length, contiguous, sequences
 from xuracore.ops.registry import primitive
 
 
-def _selective_inputs(u, delta, a, b, c, skip, z, delta_bias, h):
+def _selective_inputs(u, delta, a, b, c, skip, z, delta_bias, h, count):
     if u.ndim != 3 or a.ndim != 2 or b.ndim not in (3, 4):
         raise ShapeError(
             f"selective_scan: u {u.shape}, A {a.shape}, B {b.shape}; expected u (B, L, D), A (D, N), "
@@ -27,80 +27,93 @@ def _selective_inputs(u, delta, a, b, c, skip, z, delta_bias, h):
         "D": (channels,),
         "z": u.shape if z is not None else (0, 0, 0),
         "delta_bias": (channels,),
-        "h": (batch, channels, size),
+        "h": (count, channels, size),
     }
     dense = []
     for (name, shape), x in zip(shapes.items(), (u, delta, a, b, c, skip, z, delta_bias, h)):
         if x is not None and x.shape != shape:
             raise ShapeError(f"selective_scan: {name} has shape {x.shape}; expected {shape}")
-        dense.append(contiguous(x, shape, u))
+        x = contiguous(x, shape, u)
+        in_time = name in ("u", "delta", "B", "C", "z")
+        dense.append(x.reshape(shape[0] * shape[1], *shape[2:]) if in_time else x)
     return dense
 
 
 def _selective_scan_forward(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, h=None, *, delta_softplus=False
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, h=None,
+    *, delta_softplus=False, dt_limit=None, cu_seqlens=None,
 ):  # fmt: skip
     """The selective scan of Mamba-1 (arXiv 2312.00752); returns (y (B, L, D), last state (B, D, N)).
 
     u, delta, z (B, L, D); A (D, N), negative; B, C (B, L, G, N), or (B, L, N) for one group; D,
     delta_bias (D,); h (B, D, N) the state before the first token.  D, z, delta_bias and h may be
-    None: no skip, no gate, no bias, a fresh start.  delta_softplus : delta is given before softplus.
+    None: no skip, no gate, no bias, a fresh start.
+    delta_softplus : delta is given before softplus.   dt_limit : (low, high), where delta is clipped.
+    cu_seqlens : (n + 1,), with B = 1: sequence i is tokens cu_seqlens[i] … cu_seqlens[i + 1] of the row,
+        and the states are (n, D, N).
     Raises ShapeError.
     """
-    inputs = _selective_inputs(u, delta, A, B, C, D, z, delta_bias, h)
-    batch, length, channels = u.shape
-    groups, size = inputs[3].shape[2:]
-    block = block_length(length, size * selective.CHANNELS * u.itemsize)
-    y, last = np.empty(u.shape, u.dtype), np.empty_like(inputs[8])
-    stored = np.empty((batch, -(-length // block), size, channels), u.dtype)
-    tasks, work = selective.tasks(batch, channels, groups), 20 * batch * length * channels * size
-    call = selective.selective_scan_forward.split(tasks, work)
-    call(*inputs, bool(delta_softplus), block, y, last, stored)
-    return (y, last), (inputs, bool(delta_softplus), block, stored, B.ndim, C.ndim)
+    spans = Spans(u.shape, cu_seqlens, "selective_scan")
+    inputs = _selective_inputs(u, delta, A, B, C, D, z, delta_bias, h, spans.count)
+    tokens, channels = inputs[0].shape
+    groups, size = inputs[3].shape[1:]
+    block = block_length(spans.longest, 2 * size * selective.CHANNELS * u.itemsize)
+    rows = spans.rows(block)
+    low, high = (-np.inf, np.inf) if dt_limit is None else dt_limit
+    options = spans.edges, rows, u.dtype.type(low), u.dtype.type(high), bool(delta_softplus), block
+    y, last = np.empty((tokens, channels), u.dtype), np.empty_like(inputs[8])
+    stored = np.empty((rows[-1], size, channels), u.dtype)
+    tasks, work = selective.tasks(spans.count, channels, groups), 20 * tokens * channels * size
+    selective.selective_scan_forward.split(tasks, work)(*inputs, *options, y, last, stored)
+    return (y.reshape(u.shape), last), (inputs, options, stored, tasks, work, B.shape, C.shape, u.shape)
 
 
 def _selective_scan_vjp(grad, saved, needs):
-    inputs, soft, block, stored, b_ndim, c_ndim = saved
+    inputs, options, stored, tasks, work, b_shape, c_shape, shape = saved
     u, b, h = inputs[0], inputs[3], inputs[8]
-    (batch, length, channels), (groups, size) = u.shape, b.shape[2:]
-    cotangents = [contiguous(g, shape, u) for g, shape in zip(grad, (u.shape, h.shape))]
+    (tokens, channels), (groups, size), count = u.shape, b.shape[1:], len(h)
+    cotangents = [contiguous(g, form, u).reshape(form) for g, form in zip(grad, (u.shape, h.shape))]
     out = [np.empty(x.shape, u.dtype) for x in inputs]
-    runs = selective.runs(channels, groups)
-    out[2] = np.empty((batch, size, channels), u.dtype)
-    out[3], out[4] = (np.empty((runs, *b.shape), u.dtype) for _ in range(2))
-    out[5], out[7] = (np.empty((batch, channels), u.dtype) for _ in range(2))
-    tasks, work = selective.tasks(batch, channels, groups), 60 * batch * length * channels * size
-    call = selective.selective_scan_backward.split(tasks, work)
-    call(*inputs[:8], soft, block, stored, *cotangents, *out)
-    out[2] = out[2].sum(axis=0).T
-    for i in (3, 4, 5, 7):
-        out[i] = out[i].sum(axis=0)
-    out[3] = out[3][:, :, 0] if b_ndim == 3 else out[3]
-    out[4] = out[4][:, :, 0] if c_ndim == 3 else out[4]
+    out[2] = np.empty((count, size, channels), u.dtype)
+    out[3], out[4] = (np.empty((selective.runs(channels, groups), *b.shape), u.dtype) for _ in range(2))
+    out[5], out[7] = (np.empty((count, channels), u.dtype) for _ in range(2))
+    call = selective.selective_scan_backward.split(tasks, 3 * work)
+    call(*inputs[:8], *options, stored, *cotangents, *out)
+    for i in (2, 3, 4, 5, 7):
+        out[i] = out[i][0] if len(out[i]) == 1 else out[i].sum(axis=0)
+    forms = {0: shape, 1: shape, 3: b_shape, 4: c_shape, 6: shape}
+    out[2] = out[2].T
+    for i, form in forms.items():
+        out[i] = out[i].reshape(form) if i < len(needs) and (i != 6 or out[6].size) else None
     return tuple(out[: len(needs)])
 
 
 def _selective_scan_reference(
-    u, delta, A, B, C, D=None, z=None, delta_bias=None, h=None, *, delta_softplus=False
+    u, delta, A, B, C, D=None, z=None, delta_bias=None, h=None,
+    *, delta_softplus=False, dt_limit=None, cu_seqlens=None,
 ):  # fmt: skip
-    """The defining recurrence, one token at a time."""
+    """The defining recurrence, one sequence and token at a time."""
     batch, length, channels = u.shape
     delta = delta + (0 if delta_bias is None else delta_bias)
     delta = np.logaddexp(0, delta) if delta_softplus else delta
+    delta = delta if dt_limit is None else np.clip(delta, *dt_limit)
     B, C = (x[:, :, None] if x.ndim == 3 else x for x in (B, C))
     B, C = (np.repeat(x, channels // x.shape[2], axis=2) for x in (B, C))
-    h = np.zeros((batch, channels, A.shape[1])) if h is None else h
+    spans = sequences(u.shape, cu_seqlens, "selective_scan")
+    last = np.zeros((len(spans), *A.shape)) if h is None else h.copy()
     y = np.zeros(u.shape)
-    for t in range(length):
-        step = delta[:, t, :, None]
-        h = np.exp(step * A) * h + step * B[:, t] * u[:, t, :, None]
-        y[:, t] = (C[:, t] * h).sum(axis=2) + (0 if D is None else D * u[:, t])
-    return (y if z is None else y * z / (1 + np.exp(-z))), h
+    for s, (row, start, stop) in enumerate(spans):
+        for t in range(start, stop):
+            step = delta[row, t, :, None]
+            last[s] = np.exp(step * A) * last[s] + step * B[row, t] * u[row, t, :, None]
+            y[row, t] = (C[row, t] * last[s]).sum(axis=1) + (0 if D is None else D * u[row, t])
+    return (y if z is None else y * z / (1 + np.exp(-z))), last
 
 
 def _selective_scan_samples(rng):
-    for batch, length, channels, size, groups, full in (
-        (2, 5, 4, 3, 1, True), (1, 4, 6, 2, 2, True), (2, 3, 3, 2, 0, False), (1, 1, 1, 1, 1, False),
+    for batch, length, channels, size, groups, full, options in (
+        (2, 5, 4, 3, 1, True, {}), (1, 4, 6, 2, 2, True, {"dt_limit": (0.5, 0.9)}), (2, 3, 3, 2, 0, False, {}),
+        (1, 1, 1, 1, 1, False, {}), (1, 7, 3, 2, 1, True, {"cu_seqlens": np.array([0, 3, 3, 4, 7])}),
     ):  # fmt: skip
         normal = rng.standard_normal
         mixing = (batch, length, groups, size) if groups else (batch, length, size)
@@ -110,8 +123,8 @@ def _selective_scan_samples(rng):
         ]  # fmt: skip
         if full:
             inputs += [normal(channels), normal((batch, length, channels)), normal(channels)]
-            inputs += [normal((batch, channels, size))]
-        yield tuple(inputs), {"delta_softplus": full}
+            inputs += [normal((len(options.get("cu_seqlens", range(batch + 1))) - 1, channels, size))]
+        yield tuple(inputs), {"delta_softplus": full, **options}
 
 
 selective_scan = primitive(
