@@ -1,12 +1,9 @@
 """The layers every model here is made of."""
 
-import numpy as np
-
 from xuracore import ops
 from xuracore.errors import ConfigError
 from xuracore.nn import init
 from xuracore.nn.module import Module, Parameter
-from xuracore.recompute import drawing_from
 
 
 class Linear(Module):
@@ -72,8 +69,7 @@ class Dropout(Module):
         self.rate, self._rng = rate, rng
 
     def forward(self, x):
-        if not self.training or self.rate == 0:
-            return x
-        drawing_from(self._rng)
-        keep = self._rng.random(x.shape, dtype=np.float32) >= self.rate
-        return x * (keep / np.float32(1 - self.rate)).astype(x.dtype)
+        return ops.dropout(x, self.rate, rng=self._rng, training=self.training)
+
+    def extra_repr(self):
+        return f"{self.rate:g}"

@@ -7,6 +7,7 @@ from xuracore.ops.contrastive import info_nce, multi_positive_info_nce, sigmoid_
 from xuracore.ops.conv2d import conv1d, conv2d, conv_transpose2d, fold, patchify, unfold
 from xuracore.ops.convolve import causal_conv1d
 from xuracore.ops.cumulate import cummax, cummin, cumprod, cumsum, logcumsumexp
+from xuracore.ops.dropout import dropout
 from xuracore.ops.elementwise import (
     absolute, add, atan2, clip, cos, divide, exp, expm1, hardtanh, lerp, log, log1p, logaddexp, masked_fill,
     maximum, minimum, multiply, nan_to_num, negative, power, remainder, sin, sqrt, subtract, where,
