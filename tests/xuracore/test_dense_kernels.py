@@ -5,7 +5,7 @@ import pytest
 
 import xuracore as xc
 from xuracore import jit
-from xuracore.kernels import activation, conv, cross_entropy, norm, optimizer, scatter, softmax
+from xuracore.kernels import activation, attention, conv, cross_entropy, norm, optimizer, scatter, softmax
 
 if jit.backend() == "numpy":
     pytest.skip("the kernels are the twins here", allow_module_level=True)
@@ -103,6 +103,19 @@ def cross_entropy_backward_arguments(rng, size, dtype):
     return x[:, 0].copy(), x, target, maximum, log_sum, -100, 0.1, np.empty_like(x)
 
 
+def attention_arguments(rng, size, dtype):
+    scores = 3 * rng.standard_normal((4 * size, 9)).astype(dtype)
+    scores[0, 0] = scores[1] = -np.inf
+    top = np.where(rng.random(4 * size) < 0.5, -np.inf, 1.0).astype(dtype)
+    return scores, size, 3, top, (top == 1).astype(dtype), np.empty_like(top)
+
+
+def attention_gradient_arguments(rng, size, dtype):
+    scores, slope = 3 * rng.standard_normal((2, 4 * size, 9)).astype(dtype)
+    log_sum = np.where(rng.random(4 * size) < 0.2, np.inf, 9.0).astype(dtype)
+    return scores, slope, size, -1, log_sum, rng.standard_normal(4 * size).astype(dtype)
+
+
 def adamw_arguments(rng, size, dtype):
     parameter, grad, mean = rng.standard_normal((3, size)).astype(dtype)
     return parameter, grad, mean, grad * grad, 0.01, 0.9, 0.99, 1e-8, 0.1, 0.19, 0.0199
@@ -147,6 +160,8 @@ CASES = [
     (softmax.log_softmax_backward, log_softmax_backward_arguments),
     (cross_entropy.cross_entropy_forward, cross_entropy_arguments),
     (cross_entropy.cross_entropy_backward, cross_entropy_backward_arguments),
+    (attention.attention_weights, attention_arguments),
+    (attention.attention_gradient, attention_gradient_arguments),
     (optimizer.adamw_update, adamw_arguments),
     (optimizer.sum_of_squares, sum_of_squares_arguments),
     (scatter.scatter_add_rows, scatter_arguments),

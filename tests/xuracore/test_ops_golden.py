@@ -126,11 +126,11 @@ def test_attention_needs_four_axes(shape):
         ops.attention(*[np.ones(shape, np.float32)] * 3)
 
 
-def test_attention_refuses_a_mask_of_numbers():
-    """Some libraries add their masks to the scores: 0 and -inf would then mean the opposite."""
+def test_attention_refuses_a_mask_of_integers():
+    """Ones and zeros may mean seen and hidden, or the opposite, or be meant to be added."""
     q = np.ones((1, 1, 2, 2), np.float32)
     with pytest.raises(xc.errors.DTypeError, match="expected bool"):
-        ops.attention(q, q, q, mask=np.zeros((2, 2)))
+        ops.attention(q, q, q, mask=np.zeros((2, 2), int))
 
 
 def test_where_nothing_may_be_seen_attention_gives_zeros_and_finite_gradients():

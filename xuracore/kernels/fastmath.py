@@ -142,6 +142,31 @@ def tanh(x):
     return small if size < TANH_SMALL else large
 
 
+def _order_wide(x):
+    bits = np.float64(x).view(np.int64)
+    return bits ^ ((bits >> np.int64(63)) & np.int64(0x7FFFFFFFFFFFFFFF))
+
+
+@device.narrow(wide=_order_wide)
+def order(x):
+    """An integer that is larger for a larger x, and largest for NaN: LLVM vectorises a maximum of integers.
+
+    Only NaN with its sign bit set comes out smallest.
+    """
+    bits = np.float32(x).view(np.int32)
+    return np.int32(bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+def _unorder_wide(like, place):
+    return np.int64(place ^ ((place >> np.int64(63)) & np.int64(0x7FFFFFFFFFFFFFFF))).view(np.float64)
+
+
+@device.narrow(wide=_unorder_wide)
+def unorder(like, place):
+    """The x of :func:`order`; ``like`` is any number of x's type."""
+    return np.int32(place ^ ((place >> np.int32(31)) & np.int32(0x7FFFFFFF))).view(np.float32)
+
+
 def _wrap_angle_wide(x):
     return x - TWO_PI * math.floor(x / TWO_PI)
 
