@@ -12,7 +12,7 @@ that of the latest change is older than it, and only then what it saved has to b
 import functools
 import inspect
 from contextvars import ContextVar
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heappushpop
 
 import numpy as np
 
@@ -156,8 +156,10 @@ def walk(seeds, targets=None, retain=False):
 
     for node, seed in seeds:
         add(node, seed)
-    while waiting:
-        number, node = heappop(waiting)
+    newest = None  # what the last vjp reached: mostly the next node, so it need not go through the heap
+    while waiting or newest:
+        number, node = heappop(waiting) if newest is None else heappushpop(waiting, newest)
+        newest = None
         gradient = gradients.pop(node)
         if node.hooks is not None:
             gradient = run_hooks(node, gradient)
@@ -172,6 +174,8 @@ def walk(seeds, targets=None, retain=False):
                 versions.check(primitive.name, saved, number)
             if not retain:
                 node.saved = _USED
+            elif primitive.consumes:
+                raise GradError(f"{primitive.name!r} uses up what it saved: its graph cannot be retained")
             for parent, contribution in zip(parents, primitive.vjp(gradient, saved, parents)):
                 if parent is not None and contribution is not None:
                     if contribution.shape != parent.shape:
@@ -181,7 +185,9 @@ def walk(seeds, targets=None, retain=False):
                     known = gradients.get(parent)  # ``add`` again: calling it would cost a tenth
                     if known is None:
                         gradients[parent] = contribution
-                        heappush(waiting, (parent.number, parent))
+                        if newest is not None:
+                            heappush(waiting, newest)
+                        newest = parent.number, parent
                     elif parent in owned:
                         known += contribution
                         gradients[parent] = known

@@ -29,8 +29,8 @@ class Function:
         (a tuple, if there are several): an array if there is one input, else a tuple.  ``needs[i]`` is false
         where a gradient is not wanted; None stands for such a one, or for zero.
 
-    Each gradient has the dtype of its input and its shape, or the shape that the input was broadcast to (it is
-    summed back).  GradError says which of them is wrong.  ``xc.gradcheck`` compares the vjp with differences.
+    Each gradient has the dtype of its input, and its shape or that of an output to which it was broadcast (then
+    it is summed back).  GradError says which of them is wrong.  ``xc.gradcheck`` compares the vjp with differences.
     """
 
     outputs = 1
@@ -86,7 +86,7 @@ def _op(function):
         if len(given) != len(needs):
             raise GradError(f"the vjp of {name!r} returned {len(given)} gradients for {len(needs)} inputs")
         return [
-            _gradient(name, i, x, need) if want else None
+            _gradient(name, i, x, need, [shape for shape, _ in templates]) if want else None
             for i, (x, need, want) in enumerate(zip(given, needs, wanted))
         ]
 
@@ -104,7 +104,7 @@ def _array(x, who):
     return np.asarray(x)
 
 
-def _gradient(name, i, x, need):
+def _gradient(name, i, x, need, broadcast):
     if x is None:
         return None
     x = _array(x, f"the vjp of {name!r} returned for input {i} a")
@@ -115,10 +115,6 @@ def _gradient(name, i, x, need):
             "or an array of another precision in it"
         )
     shape = getattr(need, "shape", x.shape)
-    try:
-        fits = np.broadcast_shapes(shape, x.shape) == x.shape
-    except ValueError:
-        fits = False
-    if not fits:
+    if x.shape != shape and x.shape not in broadcast:
         raise ShapeError(f"the vjp of {name!r} returned shape {x.shape} for input {i}, which has shape {shape}")
     return x

@@ -33,6 +33,7 @@ class Primitive:
     reference(*arrays, **attributes) -> output(s), plain NumPy in float64: what the op means.
     samples(rng) -> iterable of (inputs, attributes), small and float64, edge cases included.
     tolerance : relative difference allowed between the float32 op and its reference.
+    consumes : the vjp uses up what was saved, so that a graph through the op is good for one backward.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Primitive:
     outputs: int = 1
     tolerance: float = 1e-5
     weak: bool = False  # integer arrays take the float type they meet: they are numbers, not indices
+    consumes: bool = False
 
     def __post_init__(self):
         self.bare = self.forward, self.vjp
@@ -77,7 +79,7 @@ def _dress_all():
         record.dress()
 
 
-def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False):
+def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False, consumes=False):
     """Register an op and return the function users call.
 
     That function takes Tensors, arrays, numbers or None by position and attributes by keyword (a Tensor
@@ -86,7 +88,7 @@ def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e
     """
     if name in REGISTRY:
         raise ValueError(f"an op named {name!r} is already registered")
-    record = Primitive(name, forward, vjp, reference, samples, outputs, tolerance, weak)
+    record = Primitive(name, forward, vjp, reference, samples, outputs, tolerance, weak, consumes)
     REGISTRY[name] = record
     call = recorded(record)
     call.__doc__ = forward.__doc__ or reference.__doc__

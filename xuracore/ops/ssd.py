@@ -151,5 +151,5 @@ def _ssd_scan_samples(rng):
 
 ssd_scan = primitive(
     "ssd_scan", _ssd_scan_forward, _ssd_scan_vjp,
-    reference=_ssd_scan_reference, samples=_ssd_scan_samples, outputs=2, tolerance=1e-4,
+    reference=_ssd_scan_reference, samples=_ssd_scan_samples, outputs=2, tolerance=1e-4, consumes=True,
 )  # fmt: skip

@@ -195,5 +195,5 @@ def _trapezoidal_scan_samples(rng):
 
 trapezoidal_scan = primitive(
     "trapezoidal_scan", _trapezoidal_scan_forward, _trapezoidal_scan_vjp,
-    reference=_trapezoidal_scan_reference, samples=_trapezoidal_scan_samples, outputs=5, tolerance=1e-4,
+    reference=_trapezoidal_scan_reference, samples=_trapezoidal_scan_samples, outputs=5, tolerance=1e-4, consumes=True,
 )  # fmt: skip
