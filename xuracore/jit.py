@@ -22,6 +22,7 @@ import contextlib
 import dis
 import functools
 import hashlib
+import inspect
 import os
 import threading
 import time
@@ -155,19 +156,33 @@ class device:
     ``@device`` alone serves every dtype with one body.  ``@device.narrow(wide=function)`` decorates
     the float32 form and names the function that serves float64: the choice is made by type, when
     the kernel is compiled.  Called from Python it is the plain function, so it can be tested
-    without Numba.
+    without Numba.  ``@device.of_arrays(uint16=function, ...)`` decorates the form whose first argument is
+    a float32 array and names those for arrays of other dtypes; it may loop, with the flags REDUCE.
+    ``@device.written_by(build)`` decorates a function whose compiled form ``build`` writes itself, for
+    loops that LLVM does not turn into good vector code: ``build(ir, builder, *arguments)`` gets llvmlite's
+    ``ir``, a pointer to the first element of each array, and each number as 64 bits.
     """
 
-    def __init__(self, python, wide=None):
+    def __init__(self, python, wide=None, others=None, build=None):
         functools.update_wrapper(self, python)
-        self.python, self.wide = python, wide
+        self.python, self.wide, self.others, self.build = python, wide, others, build
         self._compiled = None
 
     @classmethod
     def narrow(cls, *, wide):
         return lambda python: cls(python, wide)
 
+    @classmethod
+    def of_arrays(cls, **others):
+        return lambda python: cls(python, others={"float32": python, **others})
+
+    @classmethod
+    def written_by(cls, build):
+        return lambda python: cls(python, build=build)
+
     def __call__(self, *arguments):
+        if self.others is not None:
+            return self.others[arguments[0].dtype.name](*arguments)
         if self.wide is not None and getattr(arguments[0], "dtype", None) != "float32":
             return self.wide(*arguments)
         return self.python(*arguments)
@@ -175,7 +190,12 @@ class device:
     def compiled(self):
         if self._compiled is None:
             with _compile_lock:
-                self._compiled = self._by_type() if self.wide is not None else self._for_all_types()
+                if self.build is not None:
+                    self._compiled = self._written()
+                elif self.others is not None:
+                    self._compiled = self._by_array()
+                else:
+                    self._compiled = self._by_type() if self.wide is not None else self._for_all_types()
         return self._compiled
 
     def _for_all_types(self):
@@ -183,31 +203,60 @@ class device:
             _with_compiled_globals(self.python, parallel=False)
         )
 
+    def _written(self):
+        _numba()
+        from llvmlite import ir
+        from numba.core import types
+        from numba.extending import intrinsic
+
+        def generate(context, builder, signature, values):
+            given = [
+                context.make_array(kind)(context, builder, value).data
+                if isinstance(kind, types.Array)
+                else context.cast(builder, value, kind, types.int64)
+                for kind, value in zip(signature.args, values)
+            ]
+            self.build(ir, builder, *given)
+            return context.get_dummy_value()
+
+        def define(typing_context, *arguments):
+            if any(isinstance(kind, types.Array) and kind.layout != "C" for kind in arguments):
+                return None  # no such function: pointers say nothing of strides
+            return types.void(*arguments), generate
+
+        parameters = inspect.signature(self.python).parameters.values()
+        first = inspect.Parameter("typing_context", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        define.__signature__ = inspect.Signature([first, *parameters])
+        return intrinsic(define)
+
+    def _by_array(self):
+        _numba()
+        forms = {name: _with_compiled_globals(form, parallel=False) for name, form in self.others.items()}
+        return _overloaded(lambda first: forms.get(str(getattr(first, "dtype", None))), REDUCE)
+
     def _by_type(self):
         from numba.core import types
-        from numba.extending import overload
 
         _numba()
         python = _with_compiled_globals(self.python, parallel=False)
         wide = _with_compiled_globals(self.wide, parallel=False)
+        return _overloaded(lambda first: python if first == types.float32 else wide, FMA)
 
-        def chosen(*arguments):
-            raise NotImplementedError("compiled kernels only")
 
-        @overload(
-            chosen,
-            strict=False,
-            jit_options={
-                "nogil": True,
-                "error_model": "numpy",
-                "fastmath": set(FMA),
-                "forceinline": True,
-            },
-        )
-        def choose(*arguments):
-            return python if arguments[0] == types.float32 else wide
+def _overloaded(form, fastmath):
+    """A function that kernels may call; ``form(type of the first argument)`` is the one that is compiled."""
+    from numba.extending import overload
 
-        return chosen
+    def chosen(*arguments):
+        raise NotImplementedError("compiled kernels only")
+
+    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath), "forceinline": True}
+
+    @overload(chosen, strict=False, jit_options=options)
+    def choose(*arguments):
+        return form(arguments[0])
+
+    return chosen
 
 
 def _with_compiled_globals(python, parallel):
