@@ -97,13 +97,20 @@ def open_weights(directory):
 def config_fields(config, shapes, directory):
     """Fields of a LanguageModelConfig for a configuration read from ``directory``, ours or published."""
     if config.get("model_type") == MODEL_TYPE:
-        return {key: value for key, value in config.items() if key != "model_type"}
+        return {key: _tuples(value) for key, value in config.items() if key != "model_type"}
     try:
         return published.language_model_fields(config, shapes)
     except ConfigError as error:
         raise ConfigError(f"{Path(directory) / 'config.json'}: {error}") from None
     except (TypeError, ValueError, KeyError) as error:
         raise ConfigError(f"{Path(directory) / 'config.json'}: a value has the wrong type ({error})") from None
+
+
+def _tuples(value):
+    """JSON has lists where our configurations have tuples, also inside mixer_fields."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def own_names(file):

@@ -101,7 +101,7 @@ def _from_hugging_face(config, shapes):
     else:
         fields["dt_rank"] = config.get("time_step_rank", "auto")
     if kind == "falcon_mamba":
-        fields["bcdt_rms_eps"] = config.get("mixer_rms_eps", 1e-6)
+        fields["mixer_rms_eps"] = config.get("mixer_rms_eps", 1e-6)
     ends = config.get("eos_token_id")
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     vocabulary = _number(config, "vocab_size")
@@ -156,7 +156,7 @@ def hugging_face_config(config):
     mixer = config.stack.mixer_config(0)
     mismatched = _no_counterpart(mixer, config, kind)
     require(not mismatched, f"transformers' {kind} has no counterpart of {', '.join(mismatched)}")
-    falcon = kind == "mamba1" and getattr(mixer, "bcdt_rms_eps", None) is not None
+    falcon = kind == "mamba1" and getattr(mixer, "mixer_rms_eps", None) is not None
     name = "falcon_mamba" if falcon else "mamba" if kind == "mamba1" else "mamba2"
     ends = config.eos_token_ids
     result = {
@@ -190,14 +190,16 @@ def hugging_face_config(config):
     else:
         result["time_step_rank"] = mixer.rank
     if falcon:
-        result["mixer_rms_eps"] = mixer.bcdt_rms_eps
+        result["mixer_rms_eps"] = mixer.mixer_rms_eps
     return result
 
 
 def _no_counterpart(mixer, config, kind):
     """Fields of a mixer that change what it computes and that transformers cannot be told."""
-    fixed = {"mamba1": {}, "mamba2": {"norm_before_gate": False, "D_has_hdim": False, "rmsnorm": True}}[kind]
-    fixed |= {"norm_eps": config.norm_eps, "width": mixer.d_inner} if kind == "mamba2" else {}
+    fixed = {"dt_limit": (0.0, math.inf)}
+    if kind == "mamba2":
+        fixed = {"norm_before_gate": False, "D_has_hdim": False, "rmsnorm": True, "norm_eps": config.norm_eps,
+                 "width": mixer.d_inner}  # fmt: skip
     return [name for name, value in fixed.items() if getattr(mixer, name, value) != value]
 
 
