@@ -145,7 +145,7 @@ mish = _function("mish", lambda x: x * _tanh_of_softplus(x), samples_between(-5,
 hardswish = _function(
     "hardswish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1), samples_between(-2.8, 2.8),
     "x clip(x/6 + 1/2, 0, 1) (Howard et al. 2019).",
-    of_input=lambda x: np.where(x < -3, 0, np.where(x <= 3, x / 3 + 0.5, 1)).astype(x.dtype))  # fmt: skip
+    of_input=lambda x: np.where(x <= -3, 0, np.where(x < 3, x / 3 + 0.5, 1)).astype(x.dtype))  # fmt: skip
 
 
 def _away_from_zero(rng):
