@@ -145,12 +145,7 @@ class Mamba2(Module):
         if x.ndim != 3 or x.shape[-1] != c.d_model:
             raise ShapeError(f"Mamba2: x has shape {x.shape}; expected (B, L, {c.d_model})")
         if mask is not None:
-            if cu_seqlens is not None:
-                raise ShapeError("Mamba2: give a mask or cu_seqlens, not both")
-            padding = packed.Padding(mask, x.shape[:2])
-            if not padding.is_none:
-                y, state = self(padding.pack(x), state, cu_seqlens=padding.edges)
-                return padding.unpack(y), state
+            return packed.without_padding(self, x, state, mask, cu_seqlens)
         batch, length, _ = x.shape
         projected, beside = self.in_proj(x), None
         if c.d_mlp:

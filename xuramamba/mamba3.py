@@ -19,6 +19,7 @@ from xuracore.config import Config, require
 from xuracore.errors import ShapeError
 from xuracore.nn import Module, Parameter, init
 from xuracore.tensor import Tensor
+from xuramamba import packed
 
 
 TRAP_OF_EULER = 60.0  # its sigmoid is 1, to the last bit, in float32 and float64
@@ -122,12 +123,13 @@ def heavy_tail(x):
 
 
 class Mamba3(Module):
-    """``y, state = mixer(x, state=None, mask=None)``, x and y (B, L, d_model).
+    """``y, state = mixer(x, state=None, *, mask=None, cu_seqlens=None)``, x and y (B, L, d_model).
 
     state : what an earlier call returned; None starts afresh.  One token, many, or all at once:
         the numbers are the same.
-    mask : (B, L), false for padding, which the state passes through unchanged and where the scan
-        gives 0.
+    mask : (B, L), true for a real token.  Padding, wherever it stands, leaves the state alone and gives 0.
+    cu_seqlens : (n + 1,) where packed sequences begin in the one row (B = 1), and its length; the states
+        then have n rows.
 
     >>> mixer = Mamba3(64, d_state=16, headdim=32, rng=np.random.default_rng(0))
     """
@@ -175,10 +177,12 @@ class Mamba3(Module):
         )
         return Mamba3State(*(Tensor(np.zeros(shape, dtype)) for shape in shapes))
 
-    def forward(self, x, state=None, mask=None):
+    def forward(self, x, state=None, *, mask=None, cu_seqlens=None):
         c = self.config
         if x.ndim != 3 or x.shape[-1] != c.d_model:
             raise ShapeError(f"Mamba3: x has shape {x.shape}; expected (B, L, {c.d_model})")
+        if mask is not None:
+            return packed.without_padding(self, x, state, mask, cu_seqlens)
         batch, length, _ = x.shape
         z, v, k, q, step, forget, trap, angles = ops.unpack_8(self.in_proj(x), sizes=self._row_counts())
         keyed = (batch, length, c.rank, c.ngroups, c.d_state)
@@ -192,7 +196,7 @@ class Mamba3(Module):
             q, k, v.reshape(batch, length, c.heads, c.headdim), dt, a,
             self._trap(trap, dt.shape), self._angles(angles), *self._biases(), self.D,
             self.mimo_x if c.is_mimo else None, *(state or ()),
-            rotary=c.rotary, radians=c.rope == "standard", mask=mask,
+            rotary=c.rotary, radians=c.rope == "standard", cu_seqlens=cu_seqlens,
         )  # fmt: skip
         return self.out_proj(self._gate(y, z)), Mamba3State(*after)
 

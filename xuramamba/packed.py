@@ -53,6 +53,20 @@ def run_padded(mixer, x, state, mask, cu_seqlens=None):
     return padding.unpack(y), state
 
 
+def without_padding(mixer, x, state, mask, cu_seqlens=None):
+    """``mixer(x, state)`` of a padded batch: the state passes padding unchanged, and y is 0 there.
+
+    ``mixer`` is called once more, with ``cu_seqlens`` or, where nothing is padding, without.
+    """
+    if cu_seqlens is not None:
+        raise ShapeError(f"{type(mixer).__name__}: give a mask or cu_seqlens, not both")
+    padding = Padding(mask, x.shape[:2])
+    if padding.is_none:
+        return mixer(x, state)
+    y, state = mixer(padding.pack(x), state, cu_seqlens=padding.edges)
+    return padding.unpack(y), state
+
+
 def convolve(conv, x, state, edges, past):
     """``conv`` over each sequence of a packed row: y (1, L, C), and the state (n, past, C) after each.
 

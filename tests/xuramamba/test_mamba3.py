@@ -36,7 +36,7 @@ def sequence(batch=2, length=11, dtype=np.float64, seed=0):
 
 def run(mixer, x, state=None, mask=None):
     with xc.no_grad():
-        y, state = mixer(xc.Tensor(x), state, mask)
+        y, state = mixer(xc.Tensor(x), state, mask=mask)
     return y.numpy(), state
 
 

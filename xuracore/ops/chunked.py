@@ -61,38 +61,36 @@ class Grouped:
         self.groups, self.size = q.shape[2:]
         self.per_group = heads // self.groups
 
-    def reader(self, place, span, run):
-        """``read(index, start, tokens)`` gives queries and keys of a chunk, (U or 1, rows, N)."""
-
-        def read(index, start, tokens):
-            return self._part(self.q, span[0], start, tokens, run), self._part(self.k, span[0], start, tokens, run)
-
-        return read
-
-    def _part(self, x, b, start, tokens, run):
-        g = run[0] // self.per_group
-        part = x[b, start : start + tokens, g : g + max(1, (run[1] - run[0]) // self.per_group)]
-        return np.ascontiguousarray(part.swapaxes(0, 1))
-
     def prepare(self, runs):
         """Make room for gradients; runs that share a group each have their own."""
         self.parts = max(1, self.per_group // (runs[0][1] - runs[0][0]))
         self.gq, self.gk = (np.empty((self.parts, *x.shape), x.dtype) for x in (self.q, self.k))
 
-    def writer(self, place, span, run):
-        """``write(index, start, tokens, dq, dk)`` takes the gradients of what ``read`` gave."""
-        part = run[0] % self.per_group // (run[1] - run[0]) if self.parts > 1 else 0
-
-        def write(index, start, tokens, dq, dk):
-            g = run[0] // self.per_group
-            at = np.s_[part, span[0], start : start + tokens, g : g + len(dq)]
-            self.gq[at], self.gk[at] = dq.swapaxes(0, 1), dk.swapaxes(0, 1)
-
-        return write
+    def task(self, place, span, run):
+        """What reads, and in a backward pass writes, one run of heads of one sequence."""
+        return _GroupedRun(self, span[0], run)
 
     def gradients(self):
         """(gq, gk), when all is written."""
         return tuple(g[0] if self.parts == 1 else g.sum(axis=0) for g in (self.gq, self.gk))
+
+
+class _GroupedRun:
+    def __init__(self, source, b, run):
+        self.source, self.b = source, b
+        first = run[0] // source.per_group
+        self.groups = slice(first, first + max(1, (run[1] - run[0]) // source.per_group))
+        self.part = run[0] % source.per_group // (run[1] - run[0])
+
+    def read(self, index, start, tokens):
+        """Queries and keys of a chunk, (U or 1, rows, N)."""
+        at = self.b, slice(start, start + tokens), self.groups
+        return (np.ascontiguousarray(x[at].swapaxes(0, 1)) for x in (self.source.q, self.source.k))
+
+    def write(self, index, start, tokens, dq, dk):
+        """The gradients of what ``read`` gave."""
+        at = self.part, self.b, slice(start, start + tokens), self.groups
+        self.source.gq[at], self.source.gk[at] = dq.swapaxes(0, 1), dk.swapaxes(0, 1)
 
 
 class _Chunks:
@@ -133,7 +131,7 @@ def scan(source, v, log_decay, gain, own, skip, state, spans, chunk=CHUNK_ROWS):
     def task(place, run):
         span, heads = spans[place], slice(*run)
         b, start, stop = span
-        read = source.reader(place, span, run)
+        read = source.task(place, span, run).read
         if stop - start <= TOKEN_BY_TOKEN:
             last[place, heads] = state[place, heads]
             for index, t, tokens in sizes.of(span):
@@ -180,15 +178,15 @@ def scan_gradient(source, v, log_decay, gain, own, skip, entering, spans, gy, gl
 
     def task(place, run):
         span, heads = spans[place], slice(*run)
-        read, write = source.reader(place, span, run), source.writer(place, span, run)
-        grad = np.ascontiguousarray(glast[place, heads])
+        keyed = source.task(place, span, run)
+        grad = glast[place, heads].copy()
         a, x, scaled, total = sizes.scratch(run, span)
         da, dx, back = np.empty_like(a), np.empty_like(x), np.empty_like(scaled)
         dkeys = np.empty((len(a), a.shape[1], size), v.dtype)
         for index, t, tokens in reversed(sizes.of(span)):
             rows = tokens * sizes.rank
             ends = size + rows
-            queries, keys = read(index, t, tokens)
+            queries, keys = keyed.read(index, t, tokens)
             products = queries @ keys.swapaxes(1, 2)
             fill(queries, v, log_decay, gain, own, skip, span[0], t, run[0], tokens, products, a, x, scaled, total)
             x[:, :size] = entering[place][index, heads]
@@ -205,7 +203,7 @@ def scan_gradient(source, v, log_decay, gain, own, skip, entering, spans, gy, gl
             )  # fmt: skip
             dq += dproducts @ keys
             dk += dproducts.swapaxes(1, 2) @ queries
-            write(index, t, tokens, dq, dk)
+            keyed.write(index, t, tokens, dq, dk)
             grad *= total[:, None, None]
             grad += dx[:, :size]
         gstate[place, heads] = grad

@@ -1,14 +1,35 @@
-"""The trapezoidal scan of Mamba-3 as one op, state in and state out."""
+"""The trapezoidal scan of Mamba-3 as one op, state in and state out.
+
+With P-vectors v and rotated keys k~ and queries q~ (see :mod:`xuracore.kernels.trapezoid`), per head::
+
+    alpha_t = exp(a_t dt_t)      lambda_t = sigmoid(trap_t)
+    gamma_t = lambda_t dt_t      beta'_t  = (1 - lambda_t) dt_t
+    h_t = alpha_t (h_{t-1} + beta'_t sum_r v_{t-1,r} k~_{t-1,r}^T) + gamma_t sum_r v_{t,r} k~_{t,r}^T
+    y_{t,r} = h_t q~_{t,r} + D v_{t,r}                                   v_{t,r} = psi_r v_t
+
+The scan carries the state with the next token's share of this token already in it,
+``H_t = h_t + beta'_{t+1} sum_r v_{t,r} k~_{t,r}^T``, so that each token is one decay and one update::
+
+    H_t = alpha_t H_{t-1} + s_t sum_r v_{t,r} k~_{t,r}^T       s_t = gamma_t + beta'_{t+1}
+    y_{t,r} = alpha_t H_{t-1} q~_{t,r} + gamma_t sum_u (q~_{t,r} . k~_{t,u}) v_{t,u} + D v_{t,r}
+
+with beta' = 0 after the last token, where H = h: the scan of :mod:`xuracore.kernels.ssd`, which is that
+of Mamba-2 too, with other weights.
+"""
+
+import itertools
 
 import numpy as np
 
+from xuracore.autograd import is_grad_enabled
 from xuracore.errors import ConfigError, ShapeError
-from xuracore.kernels import trapezoid
-from xuracore.ops.blocks import block_length, contiguous
+from xuracore.kernels import activation, trapezoid
+from xuracore.ops.blocks import contiguous
+from xuracore.ops.chunked import CHUNK_ROWS, scan, scan_gradient, sequences
 from xuracore.ops.registry import primitive
 
 
-def _trapezoid_shapes(q, v, angles):
+def _trapezoid_shapes(q, v, angles, count):
     batch, length, rank, groups, size = q.shape
     heads, width = v.shape[2], v.shape[3]
     turns = angles.shape[3]
@@ -24,14 +45,14 @@ def _trapezoid_shapes(q, v, angles):
         "k_bias": (heads, rank, size),
         "skip": (heads,),
         "psi": (heads, rank, width),
-        "theta": (batch, heads, turns),
-        "h": (batch, heads, width, size),
-        "k_prev": (batch, rank, heads, size),
-        "v_prev": (batch, heads, width),
+        "theta": (count, heads, turns),
+        "h": (count, heads, width, size),
+        "k_prev": (count, rank, heads, size),
+        "v_prev": (count, heads, width),
     }
 
 
-def _trapezoid_inputs(arrays, mask, rotary):
+def _trapezoid_inputs(arrays, spans, rotary):
     q, v, angles = arrays[0], arrays[2], arrays[6]
     if q.ndim != 5 or v.ndim != 4 or angles.ndim not in (3, 4):
         raise ShapeError(
@@ -41,7 +62,7 @@ def _trapezoid_inputs(arrays, mask, rotary):
     if rotary not in ("pair", "half"):
         raise ConfigError(f"rotary={rotary!r}; expected 'pair' or 'half'")
     angles = angles[:, :, None, :] if angles.ndim == 3 else angles
-    shapes = _trapezoid_shapes(q, v, angles)
+    shapes = _trapezoid_shapes(q, v, angles, len(spans))
     groups, size, heads, turns = q.shape[3], q.shape[4], v.shape[2], angles.shape[3]
     uneven = rotary == "half" and size % 2
     if heads % groups or 2 * turns > size or angles.shape[2] not in (1, heads) or uneven:
@@ -54,16 +75,120 @@ def _trapezoid_inputs(arrays, mask, rotary):
     for (name, shape), x in zip(shapes.items(), arrays[:6] + (angles,) + arrays[7:]):
         if x is not None and x.shape != shape:
             raise ShapeError(f"trapezoidal_scan: {name} has shape {x.shape}; expected {shape}")
+        if name == "h":  # states are (N, P) in memory: what a call returns comes back without a copy
+            x = np.zeros(shape, q.dtype).swapaxes(2, 3) if x is None else x.swapaxes(2, 3)
+            shape = x.shape
         dense.append(contiguous(x, shape, q, fill=1 if name == "psi" else 0))
-    real = np.ones(q.shape[:2], np.uint8) if mask is None else np.ascontiguousarray(mask, dtype=np.uint8)
-    if real.shape != q.shape[:2]:
-        raise ShapeError(f"trapezoidal_scan: mask has shape {real.shape}; expected {q.shape[:2]}")
-    return dense[:11], real, dense[11:]
+    return dense[:11], dense[11:]
+
+
+class _Rotated:
+    """Biased, rotated queries and keys of Mamba-3: a source of :func:`xuracore.ops.chunked.scan`."""
+
+    def __init__(self, q, k, q_bias, k_bias, rate, dt, half, radians, theta, spans):
+        self.arrays, self.options = (q, k, q_bias, k_bias), (half, radians)
+        self.rate, self.dt = rate, dt
+        self.rank, self.size = q.shape[2], q.shape[4]
+        self.groups = dt.shape[2]  # every head has its own
+        self.theta = theta.copy()  # of the last token read; after the scan, of the last of all
+        self.k_last = np.empty((len(spans), self.rank, self.groups, self.size), q.dtype)
+        self.saved = [{} for _ in spans]  # theta before each chunk, by its index and first head
+        self.keep, self.partials = is_grad_enabled(), None
+        self.rotate = trapezoid.rotated_keys.sized(0)
+
+    def prepare(self, runs):
+        """Make room for gradients.  Each run of heads sums its own, since heads share q, k and the angles."""
+        q, k, q_bias, k_bias = self.arrays
+        count = len(self.theta)
+        self.numbers = {run: i for i, run in enumerate(runs)}
+        shared = self.rate.shape[2] == 1
+        self.gtheta = self.gtheta.copy()
+        self.partials = [np.zeros((len(runs), *x.shape), q.dtype) for x in (q, k)]
+        self.grate = np.zeros((len(runs) if shared else 1, *self.rate.shape), q.dtype)
+        self.gbiases = [np.zeros((count, *x.shape), q.dtype) for x in (q_bias, k_bias)]
+        self.gdt = np.zeros_like(self.dt)
+        self.unrotate = trapezoid.unrotated_keys.sized(0)
+
+    def task(self, place, span, run):
+        """What reads, and in a backward pass writes, one run of heads of one sequence."""
+        return _RotatedRun(self, place, span, run)
+
+    def gradients(self):
+        """(gq, gk, gq_bias, gk_bias, grate, gdt), when all is written."""
+        return *(x.sum(axis=0) for x in (*self.partials, *self.gbiases, self.grate)), self.gdt
+
+
+class _RotatedRun:
+    def __init__(self, source, place, span, run):
+        self.source, self.place, self.span, self.run = source, place, span, run
+        self.now = None
+
+    def read(self, index, start, tokens):
+        source, heads, saved = self.source, slice(*self.run), self.source.saved[self.place]
+        count, turns = self.run[1] - self.run[0], source.rate.shape[3]
+        dtype = source.dt.dtype
+        if source.partials is not None:
+            theta = saved[index, self.run[0]].copy()
+        else:
+            theta = source.theta[self.place, heads]
+            if source.keep:
+                saved[index, self.run[0]] = theta.copy()
+        queries, keys = np.empty((2, count, tokens * source.rank, source.size), dtype)
+        cosine, sine = np.empty((2, count, tokens, turns), dtype)
+        source.rotate(
+            *source.arrays, source.rate, source.dt, self.span[0], start, self.run[0], tokens, *source.options,
+            theta, cosine, sine, queries, keys,
+        )  # fmt: skip
+        if source.partials is None and start + tokens == self.span[2]:
+            source.k_last[self.place, :, heads] = keys[:, -source.rank :].swapaxes(0, 1)
+        self.now = queries, keys, cosine, sine
+        return queries, keys
+
+    def write(self, index, start, tokens, dq, dk):
+        source, heads = self.source, slice(*self.run)
+        number = source.numbers[self.run]
+        if start + tokens == self.span[2]:
+            dk[:, -source.rank :] += source.gk_last[self.place, :, heads].swapaxes(0, 1)
+        source.unrotate(
+            dq, dk, *self.now, source.rate, source.dt, self.span[0], start, self.run[0], tokens, *source.options,
+            source.gtheta[self.place, heads], source.partials[0][number], source.partials[1][number],
+            source.gbiases[0][self.place], source.gbiases[1][self.place],
+            source.grate[number if len(source.grate) > 1 else 0], source.gdt,
+        )  # fmt: skip
+
+
+def _weights(dt, a, trap, spans):
+    """log alpha, s, gamma, beta' (the first of a sequence belongs to the state) and lambda of each token."""
+    mix = np.empty_like(trap)
+    activation.sigmoid_forward.sized(20 * mix.size)(trap.reshape(-1), mix.reshape(-1))
+    gamma = mix * dt
+    behind = dt - gamma
+    gain = gamma.copy()
+    gain[:, :-1] += behind[:, 1:]
+    if len(spans) > 1 and len(dt) == 1:
+        ends = [stop - 1 for _, start, stop in spans if start < stop]
+        gain[0, ends] = gamma[0, ends]
+    return a * dt, gain, gamma, behind, mix
+
+
+def _spread(v, psi):
+    """v (…, H, P) over the ranks: (…, R, H, P)."""
+    return np.ascontiguousarray(v[..., None, :, :] * psi.swapaxes(0, 1))
+
+
+def _firsts(x, spans):
+    """x (B, L, H) at the first token of each sequence; 0 for one without tokens."""
+    picked = np.zeros((len(spans), x.shape[2]), x.dtype)
+    for place, (b, start, stop) in enumerate(spans):
+        if start < stop:
+            picked[place] = x[b, start]
+    return picked
 
 
 def _trapezoidal_scan_forward(
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip=None, psi=None,
-    theta=None, h=None, k_prev=None, v_prev=None, *, rotary="pair", radians=False, mask=None,
+    theta=None, h=None, k_prev=None, v_prev=None,
+    *, rotary="pair", radians=False, chunk=CHUNK_ROWS, cu_seqlens=None,
 ):  # fmt: skip
     """The Mamba-3 scan (arXiv 2603.15569): trapezoidal update, cumulative data-dependent rotation.
 
@@ -74,57 +199,91 @@ def _trapezoidal_scan_forward(
     k_prev (B, R, H, N) rotated, v_prev (B, H, P).
     rotary : 'pair' rotates coordinates (2i, 2i+1), 'half' (i, i + N/2).
     radians : theta grows by ``angles`` as they are, in radians a token, not by pi tanh(angles) dt.
-    mask : (B, L), false where a token is padding: it leaves the state alone and gives y = 0.
+    chunk : tokens per product, at most; the numbers do not depend on it.
+    cu_seqlens : (n + 1,), with B = 1: sequence i is tokens cu_seqlens[i] … cu_seqlens[i + 1] of the row,
+        and the state has n rows.
 
     Returns (y (B, L, R, H, P), theta, h, k_last, v_last).  Raises ShapeError, ConfigError.
     """
+    spans = sequences(q.shape, cu_seqlens, "trapezoidal_scan")
     given = (q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, theta, h, k_prev, v_prev)
-    inputs, real, state = _trapezoid_inputs(given, mask, rotary)
-    batch, length, rank, _, size = q.shape
+    inputs, state = _trapezoid_inputs(given, spans, rotary)
+    q, k, v, dt, a, trap, turns, q_bias, k_bias, skip, psi = inputs
+    batch, length, rank = q.shape[:3]
     heads, width = v.shape[2:]
-    turns = angles.shape[-1]
-    block = block_length(length, size * width * q.itemsize)
-    blocks = -(-length // block)
-    empty = [
-        np.empty(shape, q.dtype)
-        for shape in (
-            (batch, length, rank, heads, width),
-            *(x.shape for x in state),
-            (batch, heads, blocks, size, width),
-            (batch, heads, blocks, turns),
-        )
-    ]
-    work = 8 * batch * length * heads * rank * width * size
-    call = trapezoid.trapezoid_forward.split(batch * heads, work)
-    call(*inputs, real, *state, rotary == "half", bool(radians), block, *empty)
-    outputs, stored = tuple(empty[:5]), empty[5:]
-    return outputs, (inputs, real, state, rotary == "half", bool(radians), block, stored, angles.ndim, work)
+    log_decay, gain, gamma, behind, mix = _weights(dt, a, trap, spans)
+    rate = turns if radians else (np.pi * np.tanh(turns)).astype(q.dtype, copy=False)
+    source = _Rotated(q, k, q_bias, k_bias, rate, dt, rotary == "half", bool(radians), state[0], spans)
+    values = v if given[10] is None and rank == 1 else _spread(v, psi)
+    values = values.reshape(batch, length * rank, heads, width)
+    entering = state[1]
+    if k_prev is not None and v_prev is not None:
+        entering = np.empty_like(state[1])
+        call = trapezoid.previous_token.sized(4 * entering.size)
+        call(state[1], _firsts(behind, spans), state[2], _spread(state[3], psi), entering)
+    scanned = (values, log_decay, gain, gamma, skip)
+    y, last, stored = scan(source, *scanned, entering, spans, chunk)
+    v_last = state[3].copy()
+    for place, (b, start, stop) in enumerate(spans):
+        if start < stop:
+            v_last[place] = v[b, stop - 1]
+        else:
+            source.k_last[place], last[place] = state[2][place], state[1][place]
+    y = y.reshape(batch, length, rank, heads, width)
+    outputs = y, source.theta, last.swapaxes(2, 3), source.k_last, v_last
+    saved = (inputs, state, spans, bool(radians), chunk, source, scanned, behind, mix, stored, angles.ndim)
+    return outputs, saved
 
 
 def _trapezoidal_scan_vjp(grad, saved, needs):
-    inputs, real, state, half, radians, block, stored, angles_ndim, work = saved
-    q, v, angles = inputs[0], inputs[2], inputs[6]
-    batch, length, rank, groups, size = q.shape
+    inputs, state, spans, radians, chunk, source, scanned, behind, mix, stored, angles_ndim = saved
+    q, _, v, dt, a, _, _, _, _, _, psi = inputs
+    values = scanned[0]
+    batch, length, rank = q.shape[:3]
     heads, width = v.shape[2:]
-    parts = 1 if batch * groups >= 8 else heads // groups  # enough tasks for the threads, from shapes alone
-    runs = groups * parts if angles.shape[2] == 1 else 1
-    shapes = [(batch, length, rank, heads, width)] + [x.shape for x in state]
-    cotangents = [contiguous(g, shape, q) for g, shape in zip(grad, shapes)]
-    partials = {0: (parts, *q.shape), 1: (parts, *q.shape), 6: (runs, *angles.shape)}
-    partials.update({i: (batch, *inputs[i].shape) for i in (7, 8, 9, 10)})
-    out = [np.empty(partials.get(i, x.shape), q.dtype) for i, x in enumerate(inputs + state)]
-    trapezoid.trapezoid_backward.split(batch * groups * parts, 4 * work)(
-        *inputs, real, state[2], state[3], half, radians, block, *stored, *cotangents, *out
-    )
-    for i in partials:
-        out[i] = out[i][0] if len(out[i]) == 1 else out[i].sum(axis=0)
-    out[6] = out[6][:, :, 0] if angles_ndim == 3 else out[6]
-    return tuple(out[: len(needs)])
+    gy, gtheta, gh, gk_last, gv_last = grad
+    given = zip((gtheta, gk_last, gv_last), (state[0], *state[2:]))
+    gtheta, gk_last, gv_last = (contiguous(g, x.shape, q) for g, x in given)
+    gy = contiguous(gy, values.shape, q).reshape(values.shape)
+    gh = contiguous(None if gh is None else gh.swapaxes(2, 3), state[1].shape, q)
+    source.gtheta, source.gk_last = gtheta, gk_last  # what reaches the last state
+    gvalues, glog, ggain, ggamma, gskip, gstate = scan_gradient(source, *scanned, stored, spans, gy, gh, chunk)
+    gq, gk, gq_bias, gk_bias, grate, gdt = source.gradients()
+
+    gvalues = gvalues.reshape(batch, length, rank, heads, width)
+    gv = np.einsum("blrhp,hrp->blhp", gvalues, psi)
+    gpsi = np.einsum("blrhp,blhp->hrp", gvalues, v)
+    firsts, spread = _firsts(behind, spans), _spread(state[3], psi)
+    gk_prev = firsts[:, None, :, None] * np.einsum("shnp,srhp->srhn", gstate, spread)
+    gspread = np.einsum("shnp,srhn->srhp", gstate, state[2])
+    gfirst = np.einsum("srhp,srhp->sh", gspread, spread)
+    gspread *= firsts[:, None, :, None]
+    gv_prev = np.einsum("srhp,hrp->shp", gspread, psi)
+    gpsi += np.einsum("srhp,shp->hrp", gspread, state[3])
+    gbehind = np.zeros_like(behind)
+    gbehind[:, 1:] = ggain[:, :-1]
+    for place, (b, start, stop) in enumerate(spans):
+        if start < stop:
+            gv[b, stop - 1] += gv_last[place]
+            gbehind[b, start] = gfirst[place]
+        else:
+            gk_prev[place], gv_prev[place] = gk_last[place], gv_last[place]
+    ggamma += ggain
+    gdt += a * glog + mix * ggamma + (1 - mix) * gbehind
+    gtrap = dt * (ggamma - gbehind) * mix * (1 - mix)
+    if not radians:
+        grate *= np.pi - source.rate * source.rate / np.pi
+    gangles = grate[:, :, 0] if angles_ndim == 3 else grate
+    return (
+        gq, gk, gv, gdt, dt * glog, gtrap, gangles, gq_bias, gk_bias, gskip, gpsi,
+        source.gtheta, gstate.swapaxes(2, 3), gk_prev, gv_prev,
+    )  # fmt: skip
 
 
 def _trapezoidal_scan_reference(
     q, k, v, dt, a, trap, angles, q_bias, k_bias, skip=None, psi=None,
-    theta=None, h=None, k_prev=None, v_prev=None, *, rotary="pair", radians=False, mask=None,
+    theta=None, h=None, k_prev=None, v_prev=None,
+    *, rotary="pair", radians=False, chunk=CHUNK_ROWS, cu_seqlens=None,
 ):  # fmt: skip
     """The defining recurrence, one sequence, head and token at a time."""
     batch, length, rank, groups, size = q.shape
@@ -134,10 +293,12 @@ def _trapezoidal_scan_reference(
     angles = np.broadcast_to(angles, (batch, length, heads, turns))
     skip = np.zeros(heads) if skip is None else skip
     psi = np.ones((heads, rank, width)) if psi is None else psi
-    theta = np.zeros((batch, heads, turns)) if theta is None else theta.copy()
-    h = np.zeros((batch, heads, width, size)) if h is None else h.copy()
-    k_prev = np.zeros((batch, rank, heads, size)) if k_prev is None else k_prev.copy()
-    v_prev = np.zeros((batch, heads, width)) if v_prev is None else v_prev.copy()
+    spans = sequences(q.shape, cu_seqlens, "trapezoidal_scan")
+    count = len(spans)
+    theta = np.zeros((count, heads, turns)) if theta is None else theta.copy()
+    h = np.zeros((count, heads, width, size)) if h is None else h.copy()
+    k_prev = np.zeros((count, rank, heads, size)) if k_prev is None else k_prev.copy()
+    v_prev = np.zeros((count, heads, width)) if v_prev is None else v_prev.copy()
     y = np.zeros((batch, length, rank, heads, width))
     i = np.arange(turns)
     pairs = (2 * i, 2 * i + 1) if rotary == "pair" else (i, i + size // 2)
@@ -148,32 +309,31 @@ def _trapezoidal_scan_reference(
         out[:, pairs[1]] = x[:, pairs[0]] * np.sin(angle) + x[:, pairs[1]] * np.cos(angle)
         return out
 
-    for b, t, j in np.ndindex(batch, length, heads):
-        if mask is not None and not mask[b, t]:
-            continue
+    tokens = [(s, b, t) for s, (b, low, high) in enumerate(spans) for t in range(low, high)]
+    for (s, b, t), j in itertools.product(tokens, range(heads)):
         g, step, mix = j * groups // heads, dt[b, t, j], 1 / (1 + np.exp(-trap[b, t, j]))
         alpha = np.exp(a[b, t, j] * step)
         turn = angles[b, t, j] if radians else np.pi * np.tanh(angles[b, t, j]) * step
-        theta[b, j] = np.mod(theta[b, j] + turn, 2 * np.pi)
-        key = rotate(k[b, t, :, g] + k_bias[j], theta[b, j])
-        query = rotate(q[b, t, :, g] + q_bias[j], theta[b, j])
-        value, previous = psi[j] * v[b, t, j], psi[j] * v_prev[b, j]
-        h[b, j] = (
-            alpha * h[b, j]
-            + alpha * (1 - mix) * step * previous.T @ k_prev[b, :, j]
+        theta[s, j] = np.mod(theta[s, j] + turn, 2 * np.pi)
+        key = rotate(k[b, t, :, g] + k_bias[j], theta[s, j])
+        query = rotate(q[b, t, :, g] + q_bias[j], theta[s, j])
+        value, previous = psi[j] * v[b, t, j], psi[j] * v_prev[s, j]
+        h[s, j] = (
+            alpha * h[s, j]
+            + alpha * (1 - mix) * step * previous.T @ k_prev[s, :, j]
             + mix * step * value.T @ key
         )
-        y[b, t, :, j] = query @ h[b, j].T + skip[j] * value
-        k_prev[b, :, j], v_prev[b, j] = key, v[b, t, j]
+        y[b, t, :, j] = query @ h[s, j].T + skip[j] * value
+        k_prev[s, :, j], v_prev[s, j] = key, v[b, t, j]
     return y, theta, h, k_prev, v_prev
 
 
 def _trapezoidal_scan_samples(rng):
-    for batch, length, rank, groups, heads, size, width, turns, rotary, state, shared, masked in (
-        (2, 5, 1, 1, 2, 4, 3, 1, "pair", False, True, False),
-        (1, 4, 2, 2, 4, 6, 2, 2, "half", True, True, False),
-        (2, 4, 2, 1, 2, 4, 2, 2, "half", True, False, True),
-        (1, 1, 1, 1, 1, 2, 1, 0, "pair", True, True, False),
+    for batch, length, rank, groups, heads, size, width, turns, rotary, state, shared, packed in (
+        (2, 5, 1, 1, 2, 4, 3, 1, "pair", False, True, None),
+        (1, 4, 2, 2, 4, 6, 2, 2, "half", True, True, None),
+        (1, 13, 2, 1, 2, 4, 2, 2, "half", True, False, (0, 9, 9, 13)),
+        (1, 1, 1, 1, 1, 2, 1, 0, "pair", True, True, None),
     ):
         normal = rng.standard_normal
         inputs = [
@@ -184,16 +344,17 @@ def _trapezoidal_scan_samples(rng):
             normal((heads, rank, size)), normal((heads, rank, size)), normal(heads),
         ]  # fmt: skip
         if state:
+            count = len(packed) - 1 if packed else batch
             inputs += [
-                normal((heads, rank, width)), rng.uniform(2, 4, (batch, heads, turns)),
-                normal((batch, heads, width, size)), normal((batch, rank, heads, size)),
-                normal((batch, heads, width)),
+                normal((heads, rank, width)), rng.uniform(2, 4, (count, heads, turns)),
+                normal((count, heads, width, size)), normal((count, rank, heads, size)),
+                normal((count, heads, width)),
             ]  # fmt: skip
-        mask = rng.random((batch, length)) < 0.6 if masked else None
-        yield tuple(inputs), {"rotary": rotary, "radians": size == 6, "mask": mask}
+        chunk = 3 if packed else CHUNK_ROWS
+        yield tuple(inputs), {"rotary": rotary, "radians": size == 6, "chunk": chunk, "cu_seqlens": packed}
 
 
 trapezoidal_scan = primitive(
     "trapezoidal_scan", _trapezoidal_scan_forward, _trapezoidal_scan_vjp,
-    reference=_trapezoidal_scan_reference, samples=_trapezoidal_scan_samples, outputs=5, tolerance=1e-4, consumes=True,
+    reference=_trapezoidal_scan_reference, samples=_trapezoidal_scan_samples, outputs=5, tolerance=1e-4,
 )  # fmt: skip
