@@ -1,8 +1,8 @@
 """Times two sides in turn: each lives in its own process, and only one of them works at a time.
 
-OpenBLAS and torch bring a thread pool each, and two pools in one process wait for each other.  Here the parent asks
-one side for a few calls of a case, then the other, round after round, so that whatever else the machine does falls on
-both.  A script that uses this calls :func:`main` with its cases.
+OpenBLAS and torch bring a thread pool each, and two pools in one process wait for each other.  Here the
+parent asks one side for a few calls of a case, then the other, round after round, so that whatever else the
+machine does falls on both.  A script that uses this calls :func:`main` with its cases.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def main(description, sides, default_threads=(2, 1)):
         return
     labels = [label for label in sides["ours"][1] if options.only in label]
     for threads in options.threads:
-        print(f"\n{threads} thread{'s' * (threads > 1)}; medians in ms of {options.clock} time, {options.rounds} turns each\n")
+        print(f"\n{threads} thread{'s' * (threads > 1)}; medians in ms of {options.clock} time, "
+              f"{options.rounds} turns each\n")
         print(f"| op | forward: ours | {peer} | ratio | backward: ours | {peer} | ratio |")
         print("|---|---:|---:|---:|---:|---:|---:|", flush=True)
         children = {name: _start(name, threads, options) for name in sides}
