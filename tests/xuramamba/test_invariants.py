@@ -10,7 +10,7 @@ import pytest
 
 import xuracore as xc
 from xuracore.errors import ShapeError
-from xuramamba import Mamba1, Mamba3
+from xuramamba import S4, S4D, Mamba1, Mamba3
 
 D_MODEL, LENGTH = 8, 20
 
@@ -24,6 +24,7 @@ class Row(NamedTuple):
 
 MAMBA1 = {"d_state": 3, "dt_min": 0.1, "dt_max": 1.0}
 MAMBA3 = {"d_state": 6, "headdim": 4, "dt_min": 0.1, "dt_max": 1.0}
+LINEAR = {"d_state": 4, "dt_min": 0.1, "dt_max": 0.5}
 STOP_1 = (("dt_proj.weight", 0.0), ("dt_proj.bias", -1e4))
 
 MIXERS = {
@@ -36,6 +37,11 @@ MIXERS = {
     "mamba3 mimo": Row(
         Mamba3, {**MAMBA3, "is_mimo": True, "mimo_rank": 2, "rotary": "half"}, packs=False
     ),
+    "s4": Row(S4, LINEAR, (("inv_dt", -40.0),)),
+    "s4 conv": Row(S4, {**LINEAR, "mode": "conv", "channels": 2}),
+    "s4d": Row(S4D, LINEAR, (("log_dt", -40.0),)),
+    "s4d conv": Row(S4D, {**LINEAR, "mode": "conv", "init": "legs", "channels": 2, "output": "linear"}),
+    "s4d bilinear": Row(S4D, {**LINEAR, "init": "inv", "discretization": "bilinear", "output": None}),
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from xuracore.ops.index import (
     embedding, gather, getitem, index_add, index_select, one_hot, scatter_add, take, take_along_axis,
 )
 from xuracore.ops.linalg import dot, einsum, linear, matmul, outer
+from xuracore.ops.linear_state import fft_conv, linear_state_scan, s4_kernel, s4d_kernel
 from xuracore.ops.losses import (
     bce_with_logits, binary_cross_entropy, cosine_embedding_loss, cosine_loss, cross_entropy, huber_loss, kl_div,
     l1_loss, mse_loss, nll_loss, smooth_l1_loss, triplet_margin_loss,
