@@ -14,13 +14,14 @@ from xuracore.autograd import enable_grad, grad, is_grad_enabled, no_grad, value
 from xuracore.blas import widen as widen_blas
 from xuracore.function import Function
 from xuracore.gradcheck import gradcheck
+from xuracore.profiler import profile
 from xuracore.recompute import checkpoint
 from xuracore.tensor import Tensor, tensor
 from xuracore.threads import get_num_threads, hold_blas_to_default, set_num_threads
 
 __all__ = [
     "Tensor", "tensor", "no_grad", "enable_grad", "is_grad_enabled", "grad", "value_and_grad", "checkpoint",
-    "gradcheck", "Function", "detect_anomaly", "ops", "nn", "io", "set_num_threads", "get_num_threads",
+    "gradcheck", "Function", "detect_anomaly", "profile", "ops", "nn", "io", "set_num_threads", "get_num_threads",
     "__version__",
 ]
 

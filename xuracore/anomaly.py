@@ -8,14 +8,10 @@ from contextvars import ContextVar
 import numpy as np
 
 from xuracore.errors import GradError
-from xuracore.ops.registry import close_instrument, open_instrument
+from xuracore.ops.registry import close_instrument, note, open_instrument
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _watching = ContextVar("xuracore_detect_anomaly", default=())  # the blocks that are open in this context
-
-
-class _Saved(tuple):
-    """What an op saved, with ``site``: where the op was called.  A vjp sees no difference."""
 
 
 class detect_anomaly:
@@ -51,9 +47,7 @@ def _watch(record, forward, vjp):
             if any(block.outputs for block in blocks):
                 for part in output if record.outputs > 1 else (output,):
                     _check(part, f"the result of {record.name!r}", site)
-            if type(saved) is tuple:
-                saved = _Saved(saved)
-                saved.site = site
+            saved = note(saved, site=site)
         return output, saved
 
     def watched_vjp(grad, saved, needs):

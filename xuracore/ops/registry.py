@@ -79,6 +79,19 @@ def _dress_all():
         record.dress()
 
 
+class _Noted(tuple):
+    """What an op saved, with remarks of an instrument; a vjp sees no difference."""
+
+
+def note(saved, **remarks):
+    """``saved`` with attributes for the backward pass to read; only tuples can carry them."""
+    if type(saved) is tuple:
+        saved = _Noted(saved)
+    if type(saved) is _Noted:
+        vars(saved).update(remarks)
+    return saved
+
+
 def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False, consumes=False):
     """Register an op and return the function users call.
 
