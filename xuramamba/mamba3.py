@@ -18,8 +18,10 @@ from xuracore import nn, ops
 from xuracore.config import Config, require
 from xuracore.errors import ShapeError
 from xuracore.nn import Module, Parameter, init
+from xuracore.ops.chunked import sequences
 from xuracore.tensor import Tensor
 from xuramamba import packed
+from xuramamba.mamba1 import DepthwiseConv
 
 
 TRAP_OF_EULER = 60.0  # its sigmoid is 1, to the last bit, in float32 and float64
@@ -34,6 +36,16 @@ class Mamba3State(NamedTuple):
     v: Tensor  # (B, H, P) the last token's value
 
 
+class Mamba3ConvState(NamedTuple):
+    """The same, with the past of the optional short convolution."""
+
+    theta: Tensor
+    h: Tensor
+    k: Tensor
+    v: Tensor
+    conv: Tensor  # (B, K - 1, d_inner + 2 R G N) its last inputs, oldest first
+
+
 @dataclass(frozen=True)
 class Mamba3Config(Config):
     """Sizes and options of one layer.
@@ -43,6 +55,7 @@ class Mamba3Config(Config):
     trap : 'learned', or the weight of the new end fixed at 1/2 ('half') or at 1 ('euler', as in Mamba-2).
     bc_bias, bc_norm : whether keys and queries are normalised, and have a bias, which starts at
         ``bc_bias_init``.
+    d_conv : width of a causal convolution with silu over [x | B | C], as in Mamba-2; 0 leaves it out.
     """
 
     d_model: int
@@ -62,6 +75,7 @@ class Mamba3Config(Config):
     bc_bias: bool = True
     bc_bias_init: float = 1.0  # not zero: the state then moves before keys have learned anything
     bc_norm: bool = True
+    d_conv: int = 0
     dt_min: float = 1e-3
     dt_max: float = 0.1
     dt_init_floor: float = 1e-4
@@ -89,6 +103,7 @@ class Mamba3Config(Config):
             self.rope in ("data_dependent", "standard", "none"),
             f"rope={self.rope!r}; expected 'data_dependent', 'standard' or 'none'",
         )
+        require(self.d_conv >= 0, f"d_conv={self.d_conv}; expected a width, or 0 for none")
         require(self.rope_theta > 0, f"rope_theta={self.rope_theta}; expected a positive number")
         require(
             self.trap in ("learned", "half", "euler"),
@@ -110,6 +125,11 @@ class Mamba3Config(Config):
     @property
     def rank(self):
         return self.mimo_rank if self.is_mimo else 1
+
+    @property
+    def keys(self):
+        """Numbers in the keys of one token."""
+        return self.rank * self.ngroups * self.d_state
 
     @property
     def angles(self):
@@ -143,6 +163,8 @@ class Mamba3(Module):
         self.dt_bias = Parameter(
             init.inverse_softplus_steps(heads, rng, config.dt_min, config.dt_max, config.dt_init_floor)
         )
+        if config.d_conv:
+            self.conv1d = DepthwiseConv(config.d_inner + 2 * config.keys, config.d_conv, True, rng=rng)
         if config.bc_bias:
             self.B_bias = Parameter(np.full((heads, rank, size), config.bc_bias_init, np.float32))
             self.C_bias = Parameter(np.full((heads, rank, size), config.bc_bias_init, np.float32))
@@ -161,10 +183,9 @@ class Mamba3(Module):
 
     def _row_counts(self):
         c = self.config
-        keys = c.rank * c.ngroups * c.d_state
         trap = c.heads if c.trap == "learned" else 0
         angles = c.angles if c.rope == "data_dependent" else 0
-        return c.d_inner, c.d_inner, keys, keys, c.heads, c.heads, trap, angles
+        return c.d_inner, c.d_inner, c.keys, c.keys, c.heads, c.heads, trap, angles
 
     def initial_state(self, batch):
         """The state before the first token: all zeros."""
@@ -175,7 +196,10 @@ class Mamba3(Module):
             (batch, c.rank, c.heads, c.d_state),
             (batch, c.heads, c.headdim),
         )
-        return Mamba3State(*(Tensor(np.zeros(shape, dtype)) for shape in shapes))
+        parts = [Tensor(np.zeros(shape, dtype)) for shape in shapes]
+        if not c.d_conv:
+            return Mamba3State(*parts)
+        return Mamba3ConvState(*parts, Tensor(np.zeros((batch, c.d_conv - 1, c.d_inner + 2 * c.keys), dtype)))
 
     def forward(self, x, state=None, *, mask=None, cu_seqlens=None):
         c = self.config
@@ -185,6 +209,10 @@ class Mamba3(Module):
             return packed.without_padding(self, x, state, mask, cu_seqlens)
         batch, length, _ = x.shape
         z, v, k, q, step, forget, trap, angles = ops.unpack_8(self.in_proj(x), sizes=self._row_counts())
+        carried, conv = tuple(state or ())[:4], None
+        if c.d_conv:
+            u, conv = self._convolve(ops.concatenate(v, k, q, axis=-1), state, cu_seqlens)
+            v, k, q = ops.unpack_3(u, sizes=(c.d_inner, c.keys, c.keys))
         keyed = (batch, length, c.rank, c.ngroups, c.d_state)
         k, q = k.reshape(*keyed), q.reshape(*keyed)
         if c.bc_norm:
@@ -195,10 +223,18 @@ class Mamba3(Module):
         y, *after = ops.trapezoidal_scan(
             q, k, v.reshape(batch, length, c.heads, c.headdim), dt, a,
             self._trap(trap, dt.shape), self._angles(angles), *self._biases(), self.D,
-            self.mimo_x if c.is_mimo else None, *(state or ()),
+            self.mimo_x if c.is_mimo else None, *carried,
             rotary=c.rotary, radians=c.rope == "standard", cu_seqlens=cu_seqlens,
         )  # fmt: skip
-        return self.out_proj(self._gate(y, z)), Mamba3State(*after)
+        after = Mamba3ConvState(*after, conv) if c.d_conv else Mamba3State(*after)
+        return self.out_proj(self._gate(y, z)), after
+
+    def _convolve(self, u, state, cu_seqlens):
+        before = None if state is None else state[4]
+        if cu_seqlens is None:
+            return self.conv1d(u, before)
+        sequences(u.shape, cu_seqlens, "Mamba3")  # refuses what is not one
+        return packed.convolve(self.conv1d, u, before, cu_seqlens, self.config.d_conv - 1)
 
     def _trap(self, trap, shape):
         if self.config.trap == "learned":

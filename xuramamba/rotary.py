@@ -54,6 +54,10 @@ def with_rotary(mixer, rotary):
     for name in ("B_bias", "C_bias", "B_norm.weight", "C_norm.weight"):
         if name in state:
             state[name] = state[name][..., order]
+    if c.d_conv:  # its rows are [x | B | C], without z
+        for name in ("conv1d.weight", "conv1d.bias"):
+            part = state[name][c.d_inner :]
+            part[...] = part.reshape(-1, c.d_state, part[0].size)[:, order].reshape(part.shape)
     fields = {**c.to_dict(), "rotary": rotary}
     other = Mamba3(**fields).to_dtype(mixer.D.dtype)
     other.load_state_dict(state)

@@ -10,7 +10,7 @@ import pytest
 
 import xuracore as xc
 from xuracore.errors import ShapeError
-from xuramamba import S4, S4D, Mamba1, Mamba3
+from xuramamba import S4, S4D, Mamba1, Mamba2, Mamba3
 
 D_MODEL, LENGTH = 8, 20
 
@@ -23,6 +23,7 @@ class Row(NamedTuple):
 
 
 MAMBA1 = {"d_state": 3, "dt_min": 0.1, "dt_max": 1.0}
+MAMBA2 = {"d_state": 3, "headdim": 4, "dt_min": 0.1, "dt_max": 1.0}
 MAMBA3 = {"d_state": 6, "headdim": 4, "dt_min": 0.1, "dt_max": 1.0}
 LINEAR = {"d_state": 4, "dt_min": 0.1, "dt_max": 0.5}
 STOP_1 = (("dt_proj.weight", 0.0), ("dt_proj.bias", -1e4))
@@ -33,9 +34,15 @@ MIXERS = {
         Mamba1, {**MAMBA1, "d_conv": 3, "bias": True, "conv_bias": False, "dt_limit": (0.3, 0.9)}
     ),
     "mamba1 falcon": Row(Mamba1, {**MAMBA1, "d_conv": 1, "mixer_rms_eps": 1e-6}, STOP_1),
-    "mamba3": Row(Mamba3, MAMBA3, packs=False),
-    "mamba3 mimo": Row(
-        Mamba3, {**MAMBA3, "is_mimo": True, "mimo_rank": 2, "rotary": "half"}, packs=False
+    "mamba2": Row(Mamba2, MAMBA2, (("dt_bias", -1e4),)),
+    "mamba2 groups": Row(
+        Mamba2, {**MAMBA2, "ngroups": 2, "dt_limit": (0.2, 0.7), "bias": True, "D_has_hdim": True}
+    ),
+    "mamba2 beside an MLP": Row(Mamba2, {**MAMBA2, "d_ssm": 8, "d_conv": 1, "rmsnorm": False, "chunk_size": 3}),
+    "mamba3": Row(Mamba3, MAMBA3),
+    "mamba3 mimo": Row(Mamba3, {**MAMBA3, "is_mimo": True, "mimo_rank": 2, "rotary": "half", "ngroups": 2}),
+    "mamba3 ablated": Row(
+        Mamba3, {**MAMBA3, "rope": "standard", "trap": "half", "bc_bias": False, "bc_norm": False, "d_conv": 3}
     ),
     "s4": Row(S4, LINEAR, (("inv_dt", -40.0),)),
     "s4 conv": Row(S4, {**LINEAR, "mode": "conv", "channels": 2}),

@@ -41,7 +41,10 @@ def test_cumulative_angles_are_those_of_the_scan():
     np.testing.assert_allclose(theta[0, 0], rotary.cumulative_angles(angles, dt[..., 0], start[0])[0, -1])
 
 
-@pytest.mark.parametrize("fields", [{}, {"ngroups": 2, "rope_fraction": 1.0}, {"is_mimo": True, "mimo_rank": 2}])
+@pytest.mark.parametrize("fields", [
+    {}, {"ngroups": 2, "rope_fraction": 1.0}, {"is_mimo": True, "mimo_rank": 2, "d_conv": 3},
+    {"bc_norm": False, "bc_bias": False},
+])  # fmt: skip
 def test_a_converted_mixer_computes_the_same(fields):
     rng = np.random.default_rng(1)
     mixer = Mamba3(8, d_state=6, headdim=4, rng=rng, **fields)
