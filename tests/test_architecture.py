@@ -109,7 +109,7 @@ def test_third_party_packages_are_numpy_and_pillow():
     for file in FILES:
         allowed = known | THIRD_PARTY[root_of(module_name(file))]
         if file == ONLY_IMPORTER_OF_NUMBA:
-            allowed |= {"numba"}
+            allowed |= {"numba", "llvmlite"}
         assert set(map(root_of, imports_at_import(file))) <= allowed, file
         assert set(map(root_of, all_imports(file))) <= allowed | EXTRAS, file
 

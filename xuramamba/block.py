@@ -21,8 +21,9 @@ class GatedMLP(Module):
         self.fc2 = nn.Linear(hidden, d_model, bias=False, rng=rng)
 
     def forward(self, x):
-        hidden = self.fc1.weight.shape[0] // 2
-        y, gate = ops.unpack_2(self.fc1(x), sizes=(hidden, hidden))
+        both = self.fc1(x)
+        hidden = both.shape[-1] // 2
+        y, gate = ops.unpack_2(both, sizes=(hidden, hidden))
         return self.fc2(y * ops.silu(gate))
 
 

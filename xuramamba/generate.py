@@ -8,6 +8,7 @@ import numpy as np
 from xuracore.autograd import no_grad
 from xuracore.errors import ConfigError, ShapeError
 from xuracore.tensor import Tensor
+from xuramamba.decode import decoder_of
 from xuramamba.sampling import check_options, choose, penalize_repetition
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once: bounds memory, whatever its length
@@ -102,6 +103,7 @@ class _Run:
         self.active = np.arange(len(rows))
         self.state, self.logits = state, None  # of the active rows
         self.unread = False  # the last token of each active row is not yet in the state
+        self.spare, self.fed = None, False  # a state no longer needed; whether a step made self.state
         self.finished = {}  # row: its state, which has not seen the row's last token
 
     # ------------------------------------------------------------------ prompts
@@ -171,13 +173,15 @@ class _Run:
             for place in np.flatnonzero(~going):
                 self.finished[int(self.active[place])] = select(self.state, [place])
             self.active, self.state = self.active[going], select(self.state, np.flatnonzero(going))
+            self.spare = None
         return len(self.active) > 0
 
     def _feed(self):
-        last = np.array([[self.new[row][-1]] for row in self.active])
-        hidden, state = self.model.backbone(last, self.state)
-        logits = self.model.logits(hidden[:, -1]).numpy()
-        self.state, self.logits, self.unread = state, logits, False  # at once: Ctrl-C may come anywhere
+        last = np.array([self.new[row][-1] for row in self.active])
+        logits, state = decoder_of(self.model)(last, self.state, self.spare)
+        spare = self.state if self.fed else None  # only what a step has made is ours to overwrite
+        # At once: Ctrl-C may come anywhere.
+        self.state, self.spare, self.fed, self.logits, self.unread = state, spare, True, logits, False
 
     # ------------------------------------------------------------------ results
     def result(self, same_length):

@@ -29,6 +29,11 @@ def blank():
         _BLANK.reset(token)
 
 
+def is_blank():
+    """Whether :func:`blank` is in effect."""
+    return _BLANK.get()
+
+
 def zeros(shape, dtype=np.float32):
     """All zeros."""
     return np.zeros(shape, dtype)

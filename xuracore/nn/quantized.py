@@ -13,6 +13,7 @@ from xuracore.autograd import is_grad_enabled
 from xuracore.errors import ConfigError, DTypeError, GradError, ShapeError
 from xuracore.io import from_bfloat16, to_bfloat16
 from xuracore.kernels import gemv as kernels
+from xuracore.nn import init
 from xuracore.nn.module import Module, Parameter
 from xuracore.tensor import Tensor
 
@@ -32,15 +33,19 @@ def pack(weight, width):
         raise ConfigError(f"width is {width!r}; expected one of {', '.join(WIDTHS)}")
     if weight.ndim != 2:
         raise ShapeError(f"pack: the weight has shape {weight.shape}; expected (rows, K)")
-    none = np.empty((0, 0, 0), np.uint16)
+    none, blank = np.empty((0, 0, 0), np.uint16), init.is_blank()
     if width == "float32":
         return weight, none
     if width == "bfloat16":
-        return to_bfloat16(weight), none
+        return (np.zeros(weight.shape, np.uint16) if blank else to_bfloat16(weight)), none
     rows, size = weight.shape
     if size % kernels.GROUP:
         raise ShapeError(f"pack: {size} columns; {width} needs a multiple of {kernels.GROUP}")
     panels = -(-rows // kernels.PANEL)
+    if blank:
+        kind, lanes = (np.int8, kernels.PANEL) if width == "int8" else (np.uint8, kernels.HALF)
+        scales = np.zeros((panels, size // kernels.GROUP, kernels.PANEL), np.uint16)
+        return np.zeros((panels, size, lanes), kind), scales
     padded = np.zeros((panels * kernels.PANEL, size), np.float32)
     padded[:rows] = weight
     by_panel = padded.reshape(panels, kernels.PANEL, size).swapaxes(1, 2)
@@ -62,7 +67,7 @@ def _bfloat16_upward(x):
     return ((bits + np.uint32(0xFFFF)) >> np.uint32(16)).astype(np.uint16)
 
 
-class _Stored(Module):
+class Stored(Module):
     """A packed matrix: buffers ``weight`` and, for int8 and int4, ``scales``."""
 
     def __init__(self, weight, width):
@@ -94,7 +99,7 @@ class _Stored(Module):
         return f"{size} → {rows}, {self.width}"
 
 
-class QuantizedLinear(_Stored):
+class QuantizedLinear(Stored):
     """y = x Wᵀ + b with a packed W; x (…, K) float32.  For inference: GradError where x is on the tape.
 
     >>> layer = QuantizedLinear(np.eye(32, dtype=np.float32), "int8")
@@ -126,7 +131,7 @@ class QuantizedLinear(_Stored):
         return Tensor(y) if isinstance(x, Tensor) else y
 
 
-class QuantizedEmbedding(_Stored):
+class QuantizedEmbedding(Stored):
     """Rows of a packed table: ids (…) → (…, K).  :meth:`project` is the product with its transpose."""
 
     def __init__(self, weight, width):
