@@ -5,13 +5,14 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from xuracore import nn, ops
-from xuracore.autograd import no_grad
+from xuracore.autograd import is_grad_enabled, no_grad
 from xuracore.config import Config, require
 from xuracore.errors import ShapeError
 from xuracore.nn import Module
 from xuracore.tensor import Tensor
 from xuramamba import pretrained
 from xuramamba.block import Stack, StackConfig
+from xuramamba.decode import decoder_of
 from xuramamba.generate import generate
 
 
@@ -67,6 +68,10 @@ class Backbone(Stack):
         self._vocab_size = config.vocab_size
 
     def forward(self, token_ids, state=None, **options):
+        return super().forward(self.embedding(self.checked(token_ids)), state, **options)
+
+    def checked(self, token_ids):
+        """token_ids as an array (B, L); ShapeError for anything but ids of the vocabulary."""
         ids = np.asarray(token_ids.data if isinstance(token_ids, Tensor) else token_ids)
         if ids.ndim != 2 or ids.shape[1] == 0 or ids.dtype.kind not in "iu":
             raise ShapeError(f"token_ids: shape {ids.shape}, type {ids.dtype}; expected (B, L ≥ 1) integers")
@@ -75,7 +80,7 @@ class Backbone(Stack):
                 f"token_ids go from {ids.min()} to {ids.max()}; the vocabulary has {self._vocab_size}: "
                 "was the text encoded with another tokenizer?"
             )
-        return super().forward(self.embedding(ids), state, **options)
+        return ids
 
 
 class LanguageModel(Module):
@@ -103,11 +108,15 @@ class LanguageModel(Module):
 
     def logits(self, hidden):
         """Scores of the next token from ``hidden`` (…, d_model)."""
-        if self.config.tie_embeddings:
-            return ops.linear(hidden, self.backbone.embedding.weight)
-        return self.lm_head(hidden)
+        if not self.config.tie_embeddings:
+            return self.lm_head(hidden)
+        table = self.backbone.embedding
+        return ops.linear(hidden, table.weight) if isinstance(table, nn.Embedding) else table.project(hidden)
 
     def forward(self, token_ids, state=None, **options):
+        if state is not None and not options and not is_grad_enabled() and np.shape(token_ids)[1:] == (1,):
+            logits, state = decoder_of(self)(self.backbone.checked(token_ids)[:, 0], state)
+            return Tensor(logits[:, None]), state
         hidden, state = self.backbone(token_ids, state, **options)
         return self.logits(hidden), state
 
@@ -130,7 +139,7 @@ class LanguageModel(Module):
         pretrained.save(self, directory, format)
 
     @classmethod
-    def from_pretrained(cls, directory, *, dtype="float32", mixer_fields=None):
+    def from_pretrained(cls, directory, *, dtype=None, mixer_fields=None):
         """Read a folder: our own, Hugging Face's (Mamba, Mamba-2, FalconMamba) or state-spaces'.
 
         See :func:`xuramamba.pretrained.load` for the files, the options and the errors.

@@ -14,7 +14,9 @@ from xuracore.config import require
 from xuracore.errors import ConfigError, FormatError
 from xuracore.io.torch_file import open_torch_file
 from xuracore.nn import init
+from xuracore.nn.quantized import WIDTHS
 from xuramamba import published
+from xuramamba.quantize import quantize, width_of
 
 MODEL_TYPE = "xura_language_model"
 FORMATS = ("xura", "huggingface")
@@ -24,13 +26,14 @@ WEIGHT_FILES = (
 _EMBEDDING, _HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
-def load(model_class, config_class, directory, dtype="float32", mixer_fields=None):
+def load(model_class, config_class, directory, dtype=None, mixer_fields=None):
     """Build a model from ``directory``, which holds config.json (or params.json) and weights.
 
     Weights are model.safetensors, its sharded form (model.safetensors.index.json), Mistral's
     consolidated.safetensors or pytorch_model.bin, the first of them that is there.
     dtype : ``"float32"`` (F16 and BF16 are widened as they are read, one tensor at a time) or
-        ``"float64"``.
+        ``"float64"``; ``"bfloat16"``, ``"int8"`` or ``"int4"`` store the matrices so (see
+        :mod:`xuramamba.quantize`), each as it is read.  None: as the folder has it, else float32.
     mixer_fields : options of the mixers that a published configuration does not state, such as
         ``{"a_activation": "softplus"}`` for Mamba-3 models trained before June 2026.
 
@@ -38,11 +41,17 @@ def load(model_class, config_class, directory, dtype="float32", mixer_fields=Non
     a configuration that means nothing here, StateDictError that lists every missing, unexpected and
     misshapen tensor at once, OSError for what cannot be read.  Nothing is left behind by a failure.
     """
-    require(
-        str(dtype) in ("float32", "float64"), f"dtype is {dtype!r}; models compute in float32 or float64"
-    )
+    known = (*WIDTHS, "float64")
+    require(dtype is None or str(dtype) in known, f"dtype is {dtype!r}; expected one of {', '.join(known)}")
     directory = Path(directory)
     config = read_config(directory)
+    stored = config.pop("stored_as", "float32") if config.get("model_type") == MODEL_TYPE else "float32"
+    require(stored in WIDTHS, f"{directory}: stored_as is {stored!r}; expected one of {', '.join(WIDTHS)}")
+    dtype = stored if dtype is None else str(dtype)
+    require(
+        stored in ("float32", dtype),
+        f"{directory}: the weights are stored as {stored}; {dtype} needs the folder they were made from",
+    )
     with open_weights(directory) as file:
         names = own_names(file)
         shapes = {own: file.shape(name) for own, name in names.items()}
@@ -51,20 +60,48 @@ def load(model_class, config_class, directory, dtype="float32", mixer_fields=Non
             fields["mixer_fields"] = {**fields.get("mixer_fields", {}), **mixer_fields}
         config = config_class.from_dict(fields)
         if config.tie_embeddings and _HEAD in names:
-            if _equal(file, names[_EMBEDDING], names[_HEAD]):
-                del names[_HEAD]
-            else:
-                warnings.warn(
-                    f"{directory}: the configuration ties lm_head to the embedding, the weights differ; "
-                    "both are used as they are", stacklevel=3,
-                )  # fmt: skip
-                config = config.replace(tie_embeddings=False)
+            config = _decide_tie(config, file, names, directory)
         with init.blank():
             model = model_class(config)
-        if str(dtype) == "float64":
-            model.to_dtype(np.float64)
-        model.load_state_dict({own: _Stored(file, name) for own, name in names.items()})
+            if stored != "float32":
+                quantize(model, stored)
+        _fill(model, {own: _Stored(file, name) for own, name in names.items()}, dtype)
     return model
+
+
+def _decide_tie(config, file, names, directory):
+    """A head beside a tied embedding: dropped if it is the same, kept, with a warning, if not."""
+    table, head = names[_EMBEDDING], names[_HEAD]
+    if file.shape(table) == file.shape(head) and np.array_equal(file.read(table), file.read(head)):
+        del names[_HEAD]
+        return config
+    warnings.warn(
+        f"{directory}: the configuration ties lm_head to the embedding, the weights differ; both are used "
+        "as they are", stacklevel=4,
+    )  # fmt: skip
+    return config.replace(tie_embeddings=False)
+
+
+def _fill(model, state, dtype):
+    """Read the tensors of ``state`` into a blank model, which then has matrices of ``dtype``."""
+    if dtype == "float64":
+        model.to_dtype(np.float64)
+    given, _, _ = model.match_state_dict(state)
+    if dtype in ("float32", "float64", width_of(model)):
+        own = model.state_dict()
+        for name, stored in given.items():
+            own[name][...] = stored.read(as_bits=own[name].dtype.kind != "f")
+        return
+    first = {parameter: name for name, parameter in model.named_parameters()}
+
+    def read(layer):
+        for parameter in layer.parameters():
+            parameter.data = given.pop(first[parameter]).read()
+
+    quantize(model, dtype, before=read)
+    own = model.state_dict()
+    for name, stored in given.items():
+        own[name][...] = stored.read()
 
 
 def read_config(directory):
@@ -134,13 +171,16 @@ def own_name(name):
 
 
 class _Stored:
-    """A tensor that is read, and checked, when it is copied."""
+    """A tensor that is read, and checked, when it is asked for."""
 
     def __init__(self, file, name):
         self.file, self.name, self.shape = file, name, file.shape(name)
 
-    def __array__(self, dtype=None, copy=None):
-        array = self.file.read(self.name)
+    def read(self, as_bits=False):
+        """Its numbers, floating point and finite, or the whole numbers of a quantised matrix."""
+        array = self.file.read(self.name, "bits" if as_bits else "float32")
+        if as_bits:
+            return array
         if array.dtype.kind != "f":
             raise FormatError(f"holds {array.dtype} numbers; expected floating point", self.file.path, self.name)
         if not np.isfinite(array).all():
@@ -149,23 +189,23 @@ class _Stored:
                 f"{count} of {array.size} weights are NaN or infinite: the file is damaged, or its "
                 "training diverged", self.file.path, self.name,
             )  # fmt: skip
-        return array if dtype is None else array.astype(dtype, copy=False)
-
-
-def _equal(file, one, other):
-    return file.shape(one) == file.shape(other) and np.array_equal(file.read(one), file.read(other))
+        return array
 
 
 def save(model, directory, format="xura"):
     """Write config.json and model.safetensors; see :meth:`LanguageModel.save_pretrained`."""
     require(format in FORMATS, f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    state, metadata = model.state_dict(), {"format": "pt"}  # transformers asks for this word
+    state, metadata, width = model.state_dict(), {"format": "pt"}, width_of(model)  # transformers asks for "pt"
     if format == "huggingface":
+        require(width == "float32", f"the weights are stored as {width}; transformers reads float32 ones")
         config = published.hugging_face_config(model.config)
         state["backbone.embeddings.weight"] = state.pop(_EMBEDDING)
     else:
         config = {"model_type": MODEL_TYPE, **model.config.to_dict()}
+        if width != "float32":
+            config["stored_as"] = width
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    io.save_safetensors(directory / "model.safetensors", state, metadata)
+    bits = [name for name, array in state.items() if array.dtype == np.uint16]
+    io.save_safetensors(directory / "model.safetensors", state, metadata, bfloat16=bits)
     io.save_json(directory / "config.json", published.json_numbers(config))

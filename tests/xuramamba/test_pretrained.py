@@ -15,6 +15,7 @@ from xuracore import io
 from xuracore.errors import ConfigError, FormatError, ShapeError
 from xuracore.nn.module import StateDictError
 from xuramamba import LanguageModel, LanguageModelConfig, pretrained, published
+from xuramamba.quantize import quantize
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 FOLDERS = ("hf_mamba", "hf_mamba2", "hf_falcon")
@@ -416,7 +417,7 @@ def test_wrong_folders_and_damaged_files_are_clear_errors(tmp_path):
     (folder / "config.json").write_text("[1]")
     with pytest.raises(FormatError, match="not a JSON object"):
         LanguageModel.from_pretrained(folder)
-    with pytest.raises(ConfigError, match="float32 or float64"):
+    with pytest.raises(ConfigError, match="expected one of float32"):
         LanguageModel.from_pretrained(folder, dtype="int3")
 
 
@@ -439,3 +440,32 @@ def test_ids_that_no_row_has_are_refused():
     for ids in ([[13]], [[-1]], [[]], [1], [[0.5]]):
         with pytest.raises(ShapeError):
             build("mamba1").backbone(np.array(ids))
+
+
+# ------------------------------------------------------------------ fewer bits
+WIDE = LanguageModelConfig(50, 32, 2, "mamba2", {"d_state": 16, "headdim": 16}, tie_embeddings=False)
+
+
+@pytest.mark.parametrize("width", ["bfloat16", "int8", "int4"])
+def test_weights_are_quantised_as_they_are_read_and_stay_so_when_saved(tmp_path, width):
+    model = LanguageModel(WIDE, rng=np.random.default_rng(0))
+    model.save_pretrained(tmp_path / "a")
+    small = LanguageModel.from_pretrained(tmp_path / "a", dtype=width)
+    expected = logits(quantize(model, width))
+    np.testing.assert_array_equal(logits(small), expected)
+    small.save_pretrained(tmp_path / "b")
+    again = LanguageModel.from_pretrained(tmp_path / "b")
+    np.testing.assert_array_equal(logits(again), expected)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in "ab"]
+    assert sizes[1] < {"bfloat16": 0.62, "int8": 0.4, "int4": 0.3}[width] * sizes[0]
+    with pytest.raises(ConfigError, match=f"stored as {width}"):
+        LanguageModel.from_pretrained(tmp_path / "b", dtype="float32")
+    with pytest.raises(ConfigError, match="transformers reads float32"):
+        again.save_pretrained(tmp_path / "c", format="huggingface")
+
+
+def test_damage_is_found_in_a_matrix_that_is_quantised(tmp_path):
+    folder = copied("hf_mamba", tmp_path / "m")
+    rewrite(folder, lambda t: t["backbone.layers.1.mixer.in_proj.weight"].__setitem__((3, 4), np.nan))
+    with pytest.raises(FormatError, match="NaN"):
+        LanguageModel.from_pretrained(folder, dtype="int8")

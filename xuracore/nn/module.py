@@ -161,6 +161,18 @@ class Module:
             changed when StateDictError is raised.
         Returns (missing, unexpected) lists of names.
         """
+        given, missing, unexpected = self.match_state_dict(state, strict)
+        own = self.state_dict()
+        for name, values in given.items():
+            own[name][...] = values
+            versions.changed(own[name], name)
+        return missing, unexpected
+
+    def match_state_dict(self, state, strict=True):
+        """({own name: value}, missing, unexpected) as ``load_state_dict`` would take ``state``; copies nothing.
+
+        Of the values only ``shape`` is looked at.  Raises StateDictError as ``load_state_dict``.
+        """
         own = self.state_dict()
         first = {parameter: name for name, parameter in self.named_parameters()}
         names = {name: first[parameter] for name, parameter in self._all_parameters()}
@@ -185,10 +197,7 @@ class Module:
                 if near:
                     lines.append(f"  perhaps {name!r} is meant to be {near[0]!r}")
             raise StateDictError("\n".join(lines))
-        for name, values in given.items():
-            own[name][...] = values
-            versions.changed(own[name], name)
-        return missing, unexpected
+        return given, missing, unexpected
 
     # ------------------------------------------------------------------ switches
     def train(self, mode=True):
