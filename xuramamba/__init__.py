@@ -1,6 +1,7 @@
 """Sequence models with a state: every layer is ``y, state = mixer(x, state=None)``."""
 
-from xuramamba import discretize, rotary
+from xuramamba import discretize, rotary, state
+from xuramamba.bidirectional import Bidirectional, BidirectionalState
 from xuramamba.block import Block, GatedMLP, Stack, StackConfig
 from xuramamba.byte_tokenizer import ByteTokenizer
 from xuramamba.language_model import LanguageModel, LanguageModelConfig
@@ -12,9 +13,10 @@ from xuramamba.s4d import S4D, S4DConfig, S4DState
 from xuramamba.tokenizer import ByteLevelBPE, load_tokenizer
 
 __all__ = [
-    "Block", "ByteLevelBPE", "ByteTokenizer", "GatedMLP", "LanguageModel", "LanguageModelConfig",
+    "Bidirectional", "BidirectionalState", "Block", "ByteLevelBPE", "ByteTokenizer", "GatedMLP",
+    "LanguageModel", "LanguageModelConfig",
     "Mamba1", "Mamba1Config", "Mamba1State",
     "Mamba2", "Mamba2Config", "Mamba2State", "Mamba3", "Mamba3Config", "Mamba3State",
     "S4", "S4Config", "S4D", "S4DConfig", "S4DState", "S4State", "Stack", "StackConfig",
-    "discretize", "load_tokenizer", "rotary",
+    "discretize", "load_tokenizer", "rotary", "state",
 ]  # fmt: skip
