@@ -195,6 +195,25 @@ def test_a_rotation_keeps_lengths_and_sees_only_differences_of_positions():
         np.testing.assert_allclose(score(5, 5), (q * k).sum(), rtol=1e-12)
 
 
+# ---------------------------------------------------------------------- dtypes
+def test_no_vjp_computes_in_float64_what_came_in_float32():
+    """The tape would cast the gradient back, and nobody would see what it had cost."""
+    wide = set()
+    for name, record in xc.ops.REGISTRY.items():
+        for inputs, attributes in record.samples(np.random.default_rng(0)):
+            floats = [isinstance(x, np.ndarray) and x.dtype.kind == "f" for x in inputs]
+            if "dtype" in attributes:
+                continue
+            given = [x.astype(np.float32) if is_float else x for x, is_float in zip(inputs, floats)]
+            outputs, saved = record.forward(*given, **attributes)
+            several = record.outputs > 1
+            grad = [np.ones_like(y) for y in outputs] if several else np.ones_like(outputs)
+            for gradient, is_float in zip(record.vjp(grad, saved, floats), floats):
+                if is_float and gradient is not None and gradient.dtype != np.float32:
+                    wide.add(name)
+    assert not wide
+
+
 # ---------------------------------------------------------------------- edges
 def test_products_and_norms_of_zeros_have_the_gradients_of_their_limits():
     x = np.array([[0.0, 2.0, 3.0], [0.0, 0.0, 3.0]])

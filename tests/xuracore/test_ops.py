@@ -33,6 +33,10 @@ def is_float(x):
     return isinstance(x, np.ndarray) and x.dtype.kind == "f"
 
 
+def floats_of(name, index):
+    return sum(map(is_float, sample(name, index)[1]))
+
+
 def to32(x):
     return x.astype(np.float32) if is_float(x) else x
 
@@ -87,12 +91,10 @@ def test_inputs_are_never_changed_and_no_grad_saves_nothing(name, index):
         np.testing.assert_array_equal(x, was)
 
 
-@pytest.mark.parametrize("name, index", CASES)
+@pytest.mark.parametrize("name, index", [case for case in CASES if floats_of(*case.values) > 1])
 def test_each_subset_of_needed_gradients_gives_the_same_numbers(name, index):
     record, inputs, attributes = sample(name, index)
     floats = [i for i, x in enumerate(inputs) if is_float(x)]
-    if len(floats) < 2:
-        pytest.skip("one differentiable input")
 
     def gradient(chosen):
         tensors = [xc.Tensor(x, requires_grad=i in chosen) if is_float(x) else x for i, x in enumerate(inputs)]

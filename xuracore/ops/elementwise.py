@@ -382,7 +382,7 @@ def _remainder_vjp(grad, saved, needs):
 def _remainder_samples(rng):
     for (a, b), attributes in _pairs(rng):
         whole = rng.integers(-3, 3, np.broadcast_shapes(a.shape, b.shape))
-        yield ((whole + rng.uniform(0.1, 0.9, whole.shape)) * b, b), attributes
+        yield (np.asarray((whole + rng.uniform(0.1, 0.9, np.shape(whole))) * b), b), attributes
 
 
 remainder = primitive("remainder", _remainder_forward, _remainder_vjp, reference=np.remainder,
