@@ -77,18 +77,11 @@ def _kernels(notes):
         else:
             notes.append("Numba is not installed: kernels run as NumPy, which is slower; pip install numba")
         return {"kernels": f"{len(names)}, run by their NumPy twins"}
-    layer = jit.threading_layer()
-    if layer == "workqueue":
-        notes.append("the workqueue layer stops the process if two Python threads enter a parallel kernel")
-    policy = os.environ.get("OMP_WAIT_POLICY")
-    if layer == "omp" and policy != "passive":
-        notes.append("OMP_WAIT_POLICY is not 'passive': idle kernel threads take the processor from BLAS")
     directory = jit.cache_directory()
     if directory is None or not _writable(directory):
         notes.append("compiled kernels cannot be kept: set NUMBA_CACHE_DIR to a folder of yours")
     return {
         "kernels": f"{len(names)}, compiled by Numba",
-        "threading layer": f"{layer}, OMP_WAIT_POLICY={policy}",
         "kernel cache": str(directory or "none"),
     }
 

@@ -16,37 +16,42 @@ Calling ``scale`` compiles the loops on first use; where Numba is absent, or wit
 Flags.  ``error_model="numpy"`` (no zero test at each division), ``nogil``, an on-disk cache, and
 fast-math limited to contraction into FMA: NaN and Inf stay visible.  ``REDUCE`` additionally lets a
 plain sum be reassociated, for loops that are nothing but a sum.
+
+Threads.  A kernel is compiled once, as a function of one part of its ``prange`` loop.  A call with
+much work runs several parts on Python threads that have released the GIL (:func:`threads.run`), which
+costs what an OpenMP region costs, and survives forks, nesting and concurrent callers.  Numba's own
+parallel build takes three to four times longer to compile, and fails in each of these ways; only a
+kernel of several ``prange`` loops gets one, and then for one caller at a time.
+
+``NUMBA_DISABLE_JIT=1`` runs the loops as plain Python, for coverage and debuggers.
 """
 
+import ast
 import contextlib
 import dis
 import functools
 import hashlib
 import inspect
 import os
+import textwrap
 import threading
 import time
 import types
 import warnings
 from pathlib import Path
 
+import numpy as np
+
 from xuracore import threads
-from xuracore.errors import ConfigError
+from xuracore.errors import ConfigError, DTypeError, ShapeError
 
 FMA = frozenset({"contract"})
 REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
 
-# Parallelise ``prange`` loops and nothing else: kernels are explicit loops, and a small array
-# expression inside one of them should not become a parallel region of its own.
-PRANGE_ONLY = {
-    "prange": True, "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
-    "numpy": False, "stencil": False, "fusion": False,
-}  # fmt: skip
-
 PARALLEL_WORK = 200_000  # scalar operations below which one thread is faster than two
 
 KERNELS = []  # every Kernel, in order of definition: for warm-up and the tests
-FIRST_CALLS = []  # (kernel name, parallel build or not, seconds) of each call that compiled or read the cache
+FIRST_CALLS = []  # (kernel name, "compiled" or "cached", seconds) of each build or load of a signature
 
 _compile_lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: its child could never finish it
@@ -59,15 +64,18 @@ if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: it
 
 @functools.cache
 def backend():
-    """``"numba"`` or ``"numpy"``: what runs when a kernel is called.
+    """What runs when a kernel is called: ``"numba"``, ``"numpy"`` or ``"python"``.
 
-    ``XURA_KERNELS=numpy`` chooses the twins; without Numba they run in any case.
+    ``XURA_KERNELS=numpy`` chooses the twins; without Numba they run in any case.  With
+    ``NUMBA_DISABLE_JIT=1`` the loops run as plain Python, without Numba.
     """
     asked = os.environ.get("XURA_KERNELS", "").strip().lower()
     if asked not in ("", "auto", "numba", "numpy"):
         raise ConfigError(f"XURA_KERNELS={asked!r}; expected 'numba', 'numpy' or 'auto'")
     if asked == "numpy":
         return "numpy"
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "python"
     try:
         _numba()  # importing it is the only sure sign: an installed Numba may refuse this NumPy
     except ImportError as error:
@@ -80,43 +88,79 @@ def backend():
     return "numba"
 
 
+# Parallelise ``prange`` loops and nothing else: kernels are explicit loops, and a small array
+# expression inside one of them should not become a parallel region of its own.
+_PRANGE_ONLY = {
+    "prange": True, "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
+    "numpy": False, "stencil": False, "fusion": False,
+}  # fmt: skip
+
+
 @functools.cache
 def _numba():
     threads.prepare_environment()
     import numba
 
-    threads.apply_to_numba(numba)
     return numba
 
 
+def _digest(function):
+    """Hash of everything that ``function`` compiles to: nothing that was edited may be served stale.
+
+    It covers the code, the constants and device functions it reads, wherever they are written, and this file.
+    """
+    seen = {}
+
+    def describe(value):
+        if isinstance(value, device):
+            forms = sorted((value.others or {}).items())
+            return [describe(form) for form in (value.python, value.wide, value.build)], [
+                (name, describe(form)) for name, form in forms
+            ]
+        if isinstance(value, types.FunctionType):
+            if value not in seen:
+                seen[value] = len(seen)
+                read = sorted(_globals_read(value) & value.__globals__.keys())
+                seen[value] = len(seen), describe(value.__code__), value.__defaults__, [
+                    (name, describe(value.__globals__[name])) for name in read
+                ]
+            return seen[value]
+        if isinstance(value, types.CodeType):
+            constants = [describe(constant) for constant in value.co_consts]
+            return value.co_code, value.co_names, value.co_varnames, constants
+        if isinstance(value, types.ModuleType):
+            return value.__name__
+        tobytes = getattr(value, "tobytes", None)
+        return type(value).__name__, tobytes() if tobytes else repr(value)
+
+    return hashlib.sha256(repr((describe(function), _own_source())).encode()).hexdigest()[:16]
+
+
 @functools.cache
-def _source_salt():
-    """Hash of every kernel source and of this file's flags: nothing that was edited may be served stale."""
-    digest = hashlib.sha256()
-    for path in (Path(__file__), *sorted((Path(__file__).parent / "kernels").glob("*.py"))):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+def _own_source():
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
 
 
-def _cache(python, variant):
+def _cache(python, digest):
     """A Numba disk cache for ``python`` that is never stale, never mixed up, and never in the way.
 
-    Numba keys its cache by the function's own file only, and leaves the build options out of the
-    key.  Here the stamp covers every kernel file, and each variant has its own file names.  So has each
-    signature: two processes that compile two of them at once would overwrite each other's index.
-    A damaged entry is compiled again; a folder that is full or gone costs a warning.
+    Numba keys its cache by the function's own file only, and leaves the build options and the functions
+    it calls out of the key.  Here they are in the file's name, as are the signature and the processor: a
+    file holds one build for ever, and whoever is killed or races between index and data can at worst
+    leave one that is not found.  A damaged entry is compiled again; a folder that is full or gone costs a
+    warning.
     """
-    from numba.core import caching
+    from numba.core import caching, config
+
+    settings = (config.BOUNDSCHECK, config.OPT, config.LOOP_VECTORIZE, config.SLP_VECTORIZE, digest)
 
     class KernelCache(caching.FunctionCache):
         def _index_key(self, sig, codegen):
-            key = super()._index_key(sig, codegen)
-            digest = hashlib.sha256(repr(key).encode()).hexdigest()[:12]
-            self._cache_file = caching.IndexDataCacheFile(
-                cache_path=self._cache_path,
-                filename_base=f"{self._impl.filename_base}-{variant}-{digest}",
-                source_stamp=(self._impl.locator.get_source_stamp(), _source_salt()),
-            )
+            key = (sig, codegen.magic_tuple(), settings)
+            entry = hashlib.sha256(repr(key[:2]).encode()).hexdigest()[:12]
+            build = hashlib.sha256(repr(settings).encode()).hexdigest()[:12]
+            self._entry = f"{_stem(self._impl.filename_base)}-{entry}-"
+            self._cache_file = caching.IndexDataCacheFile(self._cache_path, self._entry + build, settings)
             return key
 
         def load_overload(self, sig, target_context):
@@ -130,10 +174,23 @@ def _cache(python, variant):
         def save_overload(self, sig, data):
             try:
                 super().save_overload(sig, data)
+                self._remove_earlier_builds()
             except OSError as error:
                 _warn_of_cache(error)
 
+        def _remove_earlier_builds(self):
+            current = Path(self._cache_file._index_path).stem
+            for path in Path(self._cache_path).glob(self._entry + "*.nb[ci]"):
+                if not path.name.startswith(current):
+                    path.unlink(missing_ok=True)
+
     return KernelCache(python)
+
+
+def _stem(filename_base):
+    """``norm.layer_norm_forward.py311`` for ``norm.layer_norm_forward-46.py311``: a line may move."""
+    name, _, rest = filename_base.rpartition("-")
+    return name + rest.lstrip("0123456789")
 
 
 def _warn_of_cache(error):
@@ -145,9 +202,15 @@ def _warn_of_cache(error):
     )
 
 
-def prange(*bounds):
-    """``numba.prange`` in a parallel build, ``range`` everywhere else."""
-    return range(*bounds)
+def prange(count):
+    """``range`` over independent iterations, which several threads may share.
+
+    A kernel with ``parallel=True`` has best one such loop, as its last statement; what stands before it is
+    done by each thread and so must not write into arrays.  A kernel of another form works, but is built
+    twice, the second time by Numba.  The index may be unsigned: convert it with ``np.int64`` before
+    calculating with it.
+    """
+    return range(count)
 
 
 class device:
@@ -187,6 +250,10 @@ class device:
             return self.wide(*arguments)
         return self.python(*arguments)
 
+    def forms(self):
+        """The Python functions behind it."""
+        return [form for form in (self.python, self.wide, *(self.others or {}).values()) if form is not None]
+
     def compiled(self):
         if self._compiled is None:
             with _compile_lock:
@@ -199,9 +266,7 @@ class device:
         return self._compiled
 
     def _for_all_types(self):
-        return _numba().njit(nogil=True, error_model="numpy", fastmath=set(FMA), inline="always")(
-            _with_compiled_globals(self.python, parallel=False)
-        )
+        return _numba().njit(**_device_options(self.python))(_with_compiled_globals(self.python))
 
     def _written(self):
         _numba()
@@ -231,26 +296,25 @@ class device:
 
     def _by_array(self):
         _numba()
-        forms = {name: _with_compiled_globals(form, parallel=False) for name, form in self.others.items()}
-        return _overloaded(lambda first: forms.get(str(getattr(first, "dtype", None))), REDUCE)
+        forms = {name: _with_compiled_globals(form) for name, form in self.others.items()}
+        options = _device_options(*self.others.values()) | {"fastmath": set(REDUCE)}
+        return _overloaded(lambda first: forms.get(str(getattr(first, "dtype", None))), options)
 
     def _by_type(self):
         from numba.core import types
 
         _numba()
-        python = _with_compiled_globals(self.python, parallel=False)
-        wide = _with_compiled_globals(self.wide, parallel=False)
-        return _overloaded(lambda first: python if first == types.float32 else wide, FMA)
+        python, wide = _with_compiled_globals(self.python), _with_compiled_globals(self.wide)
+        options = _device_options(self.python, self.wide)
+        return _overloaded(lambda first: python if first == types.float32 else wide, options)
 
 
-def _overloaded(form, fastmath):
+def _overloaded(form, options):
     """A function that kernels may call; ``form(type of the first argument)`` is the one that is compiled."""
     from numba.extending import overload
 
     def chosen(*arguments):
         raise NotImplementedError("compiled kernels only")
-
-    options = {"nogil": True, "error_model": "numpy", "fastmath": set(fastmath), "forceinline": True}
 
     @overload(chosen, strict=False, jit_options=options)
     def choose(*arguments):
@@ -259,11 +323,35 @@ def _overloaded(form, fastmath):
     return chosen
 
 
-def _with_compiled_globals(python, parallel):
+_OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": set(FMA), "no_cfunc_wrapper": True}
+_ALLOCATORS = frozenset({"empty", "zeros", "ones", "full", "empty_like", "zeros_like", "full_like", "copy"})
+
+
+def _device_options(*forms):
+    counting = any(map(_allocates, forms))
+    return _OPTIONS | {"no_cpython_wrapper": True, "forceinline": True, "_nrt": counting}
+
+
+def _allocates(function):
+    """Whether ``function`` or a device function it calls makes arrays: only then must references be counted."""
+    if _ALLOCATORS & set(function.__code__.co_names):
+        return True
+    called = (function.__globals__.get(name) for name in _globals_read(function))
+    forms = [form for each in called if isinstance(each, device) for form in each.forms()]
+    return any(form is not function and _allocates(form) for form in forms)
+
+
+@device
+def _first(count, part, parts):
+    """The first iteration of a part of ``count``; unsigned, so that no index needs a test for being negative."""
+    return np.uint64(count) * np.uint64(part) // np.uint64(parts)
+
+
+def _with_compiled_globals(python, parallel=False):
     """A copy of ``python`` whose globals hold what Numba can compile.
 
-    Device functions become dispatchers and :func:`prange` becomes Numba's; the module's own
-    globals stay plain Python, so that importing a kernel file never imports Numba.
+    Device functions become dispatchers; the module's own globals stay plain Python, so that importing
+    a kernel file never imports Numba.
     """
     scope = dict(python.__globals__)
     for name in _globals_read(python):
@@ -272,13 +360,52 @@ def _with_compiled_globals(python, parallel):
             scope[name] = value.compiled()
         elif value is prange:
             scope[name] = _numba().prange if parallel else range
-    twin = types.FunctionType(python.__code__, scope, python.__name__, python.__defaults__)
-    return functools.update_wrapper(twin, python)
+    return _function_like(python, python.__code__, scope)
+
+
+def _function_like(python, code, scope):
+    function = types.FunctionType(code, scope, python.__name__, python.__defaults__)
+    function.__module__, function.__qualname__, function.__doc__ = (
+        python.__module__, python.__qualname__, python.__doc__,
+    )  # fmt: skip
+    return function
 
 
 def _globals_read(python):
     """Names of the globals a function loads (``co_names`` would also list attributes: ``math.exp``)."""
     return {step.argval for step in dis.get_instructions(python) if step.opname == "LOAD_GLOBAL"}
+
+
+def of_one_part(python):
+    """``python`` with two more parameters in front, ``_part`` and ``_parts``: its prange loop does that part.
+
+    None if there is not exactly one prange loop, last in the body, or if something before it writes into
+    an array or calls what might.
+    """
+    function = ast.parse(textwrap.dedent(inspect.getsource(python))).body[0]
+    ast.increment_lineno(function, python.__code__.co_firstlineno - 1)
+    *before, loop = function.body
+    loops = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == "prange"]
+    head = getattr(loop, "iter", None)
+    if len(loops) != 1 or not isinstance(head, ast.Call) or head.func is not loops[0] or len(head.args) != 1:
+        return None
+    for node in (node for statement in before for node in ast.walk(statement)):
+        called = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
+        if called or isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            return None
+    function.args.args[:0] = [ast.arg("_part"), ast.arg("_parts")]
+    function.decorator_list = []
+    bounds = "range(_first(_count, _part, _parts), _first(_count, _part + 1, _parts))"
+    count = ast.Assign([ast.Name("_count", ast.Store())], head.args[0])
+    function.body[-1:] = [count, loop]
+    loop.iter = ast.parse(bounds, mode="eval").body
+    for node in (count, function.args, loop.iter):
+        for inner in ast.walk(node):
+            inner.lineno = inner.end_lineno = loop.lineno
+            inner.col_offset = inner.end_col_offset = 0
+    module = compile(ast.Module([function], []), python.__code__.co_filename, "exec")
+    code = next(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
+    return _function_like(python, code, python.__globals__ | {"_first": _first})
 
 
 class Kernel:
@@ -288,136 +415,168 @@ class Kernel:
         functools.update_wrapper(self, python)
         self.python, self.twin = python, twin
         self.parallel, self.fastmath = parallel, fastmath
-        self._compiled = {}  # parallel or not -> dispatcher
-        self._call = None
+        self._compiled = self._serial = self._regions = None
         KERNELS.append(self)
 
     def __call__(self, *arguments):
-        return (self._call or self.sized(PARALLEL_WORK))(*arguments)
+        return self.sized(PARALLEL_WORK)(*arguments)
 
     def sized(self, work):
         """The function to call for ``work`` scalar operations.
 
-        Entering a parallel region costs tens of microseconds, so less than ``PARALLEL_WORK``
-        operations run serially: ``scale.sized(x.size)(x, 2.0, out)``.
+        Starting a second thread costs ten microseconds or more, so less than ``PARALLEL_WORK`` operations
+        run in one: ``scale.sized(x.size)(x, 2.0, out)``.
         """
-        if backend() == "numpy":
-            self._call = self.twin
-            return self.twin
-        parallel = self.parallel and work >= PARALLEL_WORK and threads.parallel_allowed()
-        call = self._compiled.get(parallel) or self.compiled(parallel)
-        if not self.parallel:
-            self._call = call
-        return call
+        if work >= PARALLEL_WORK and self.parallel and threads.parallel_allowed():
+            return self.in_parts(threads.get_num_threads())
+        return self._serial or self._built_serial()
+
+    def in_parts(self, parts):
+        """The function that runs as ``parts`` parts, each on its own thread; same results for any number."""
+        serial = self._serial or self._built_serial()
+        if backend() != "numba" or not self.parallel:
+            return serial
+        if self._takes_part():
+            return functools.partial(_in_parts, self.compiled(), parts)
+        return functools.partial(_in_regions, self._built_regions(), serial, parts)
+
+    @functools.cache
+    def _takes_part(self):
+        return self.parallel and of_one_part(self.python) is not None
+
+    def _built_regions(self):
+        if self._regions is None:
+            with _compile_lock:
+                if self._regions is None:
+                    self._regions = _jit(self.python, self.fastmath, regions=True)
+        return self._regions
 
     def split(self, tasks, work):
         """The function to call for a kernel over ``range(start, stop)`` of ``tasks`` independent tasks.
 
         The kernel's first two parameters are ``start`` and ``stop``; they are filled in here, and its
         twin, which does all tasks at once, has no such parameters.  Threads take equal runs of
-        tasks: ``scan.split(batch, work)(x, y)``.  Handing over a run costs some 60 µs, more than
-        entering a ``prange``, but a long kernel compiles three times faster without one.
+        tasks: ``scan.split(batch, work)(x, y)``.
         """
         if backend() == "numpy":
             return self.twin
-        call = self._compiled.get(False) or self.compiled()
-        runs = min(tasks, threads.get_num_threads()) if work >= PARALLEL_WORK else 1
-        return functools.partial(_in_runs, call, tasks, max(1, runs))
+        parallel = work >= PARALLEL_WORK and threads.parallel_allowed()
+        runs = max(1, min(tasks, threads.get_num_threads())) if parallel else 1
+        if runs == 1:
+            return functools.partial(self.compiled(), 0, tasks)
+        return functools.partial(_in_runs, self.compiled(), tasks, runs)
 
-    def compiled(self, parallel=False):
-        """The Numba dispatcher, built on first use."""
-        with _compile_lock:
-            dispatcher = self._compiled.get(parallel)
-            if dispatcher is None:
-                dispatcher = _Locked(_jit(self.python, parallel, self.fastmath), self.__name__, parallel)
-                self._compiled[parallel] = dispatcher
-            return dispatcher
+    def _built_serial(self):
+        if backend() == "numpy":
+            self._serial = self.twin
+        elif backend() == "numba" and self._takes_part():
+            self._serial = functools.partial(self.compiled(), 0, 1)
+        else:
+            self._serial = self.compiled()
+        return self._serial
+
+    def compiled(self):
+        """The Numba dispatcher, built on first use; the plain function with ``NUMBA_DISABLE_JIT=1``.
+
+        A kernel that ends in its one prange loop takes ``part, parts`` before its own arguments.
+        """
+        if self._compiled is None:
+            with _compile_lock:
+                if self._compiled is None:
+                    if backend() == "python":
+                        self._compiled = self.python
+                    else:
+                        part = of_one_part(self.python) if self._takes_part() else self.python
+                        self._compiled = _jit(part, self.fastmath)
+        return self._compiled
+
+
+def _in_parts(call, parts, *arguments):
+    """``call(part, parts, *arguments)`` for each part, each on its own thread."""
+    threads.run([(call, part, parts, *arguments) for part in range(parts)])
 
 
 def _in_runs(call, tasks, runs, *arguments):
     """``call(start, stop, *arguments)`` for ``runs`` equal parts of ``tasks``, each on its own thread."""
     bounds = [tasks * i // runs for i in range(runs + 1)]
-    others = [
-        threads.pool().submit(call, start, stop, *arguments) for start, stop in zip(bounds[1:-1], bounds[2:])
-    ]
-    try:
-        call(0, bounds[1], *arguments)
-    finally:
-        for other in others:
-            other.result()
+    threads.run([(call, start, stop, *arguments) for start, stop in zip(bounds, bounds[1:])])
 
 
-class _Locked:
-    """Calls a dispatcher; compilation of a new signature happens under one lock.
+_regions_lock = threading.Lock()
 
-    Numba's own compiler lock does not cover everything that runs at a first call, and a second
-    Python thread that arrives meanwhile should wait, not compile the same thing again.
+
+def _in_regions(call, serial, count, *arguments):
+    """Numba's parallel build, or the serial one where its threads are busy or did not survive a fork.
+
+    Not every layer of Numba's threads bears two callers.
     """
-
-    __slots__ = ("dispatcher", "name", "parallel", "ready")
-
-    def __init__(self, dispatcher, name, parallel):
-        self.dispatcher, self.name, self.parallel, self.ready = dispatcher, name, parallel, set()
-
-    def __call__(self, *arguments):
-        key = tuple([getattr(a, "dtype", None) or type(a) for a in arguments])
-        if key in self.ready:
-            return self.dispatcher(*arguments)
-        with _compile_lock:
-            start = time.perf_counter()
-            result = self.dispatcher(*arguments)
-            if key not in self.ready:  # else another thread compiled it while this one waited
-                FIRST_CALLS.append((self.name, self.parallel, time.perf_counter() - start))
-                self.ready.add(key)
-            return result
-
-    @property
-    def signatures(self):
-        return self.dispatcher.signatures
-
-
-def _jit(python, parallel, fastmath):
-    numba = _numba()
-    options = {
-        "nogil": True,
-        "error_model": "numpy",
-        "fastmath": set(fastmath),
-        "parallel": PRANGE_ONLY if parallel else False,
-    }
-    dispatcher = numba.njit(**options)(_with_compiled_globals(python, parallel))
-    variant = "parallel" if parallel else "serial"
-    if numba.config.BOUNDSCHECK:
-        variant += "-boundscheck"
+    if threads.is_forked() or not _regions_lock.acquire(blocking=False):
+        return serial(*arguments)
     try:
-        dispatcher._cache = _cache(dispatcher.py_func, variant)
+        numba = _numba()
+        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+        return call(*arguments)
+    finally:
+        _regions_lock.release()
+
+
+def _jit(python, fastmath, regions=False):
+    digest = "-".join([_digest(python), *sorted(fastmath), *["regions"] * regions])
+    options = _OPTIONS | {"fastmath": set(fastmath)}
+    options["_nrt"] = _allocates(python)
+    if regions:
+        options |= {"parallel": _PRANGE_ONLY, "_nrt": True, "no_cfunc_wrapper": False}
+    function = _with_compiled_globals(python, parallel=regions)
+    dispatcher = _numba().njit(**options)(function)
+    try:
+        dispatcher._cache = _cache(function, digest)
     except RuntimeError as error:  # nothing writable: run without a cache rather than not at all
         _warn_of_cache(error)
+    _guard_first_calls(dispatcher, python.__name__)
     return dispatcher
 
 
-def threading_layer():
-    """Layer that runs Numba's parallel loops (``omp``, ``tbb``, ``workqueue``); starts its pool."""
-    numba = _numba()
-    from numba.np.ufunc.parallel import _launch_threads
+def _guard_first_calls(dispatcher, name):
+    """Let one thread at a time compile, and only for arrays that are C-contiguous and writable.
 
-    _launch_threads()
-    return numba.threading_layer()
+    The dispatcher, which is C, asks for a build when it meets new types, and only then does this run:
+    any other call costs nothing more.  Numba's own compiler lock does not cover everything that happens
+    at a first call, and a second thread that arrives meanwhile should wait, not compile the same thing
+    again.  Another memory layout, or a read-only array, would be another type and another build.
+    """
+    compile_for_args = dispatcher._compile_for_args
+
+    def compile_once(*arguments):
+        for position, argument in enumerate(arguments):
+            flags = getattr(argument, "flags", None)
+            if flags is not None and getattr(argument, "ndim", 0) and not flags.c_contiguous:
+                raise ShapeError(f"kernel {name}: argument {position} has strides; give a C-contiguous array")
+            if isinstance(argument, np.ndarray) and not flags.writeable:
+                raise DTypeError(f"kernel {name}: argument {position} is a read-only array; give a writable copy")
+        with _compile_lock:
+            known, hits = len(dispatcher.overloads), sum(dispatcher._cache_hits.values())
+            start = time.perf_counter()
+            entry = compile_for_args(*arguments)
+            if len(dispatcher.overloads) > known:  # else another thread built it while this one waited
+                how = "cached" if sum(dispatcher._cache_hits.values()) > hits else "compiled"
+                FIRST_CALLS.append((name, how, time.perf_counter() - start))
+            return entry
+
+    dispatcher._compile_for_args = compile_once
 
 
 def cache_directory():
     """Folder of the compiled kernels, or None where nothing is cached; without Numba also None."""
-    if backend() == "numpy" or not KERNELS:
+    if backend() != "numba" or not KERNELS:
         return None
-    cache = KERNELS[0].compiled().dispatcher._cache
-    return getattr(cache, "cache_path", None)
+    return getattr(KERNELS[0].compiled()._cache, "cache_path", None)
 
 
 def kernel(*, twin, parallel=False, fastmath=FMA):
     """Decorate explicit loops as a kernel.
 
     twin : the NumPy function with the same arguments and effects; oracle and fallback.
-    parallel : the loops use ``numba.prange`` through :func:`prange`; a serial build of the same
-        source serves small work, forked children and one-thread settings.
+    parallel : the last statement is a loop over :func:`prange`, which several threads share.
     fastmath : ``FMA`` (default), ``REDUCE``, or ``frozenset()`` for strict IEEE arithmetic.
     """
     return lambda python: Kernel(python, twin, parallel, fastmath)

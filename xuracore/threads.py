@@ -1,7 +1,7 @@
 """The one place that decides how many threads run.
 
-BLAS (behind ``@``) and Numba's parallel kernels are set together: two pools that each take all
-cores spend their time waiting for each other.  The default is what the process may really use:
+BLAS (behind ``@``) and the kernels are set together: two pools that each take all cores spend their
+time waiting for each other.  The default is what the process may really use:
 CPU affinity, a container's quota and ``XURA_NUM_THREADS``, whichever is least.
 """
 
@@ -9,21 +9,19 @@ import ctypes
 import functools
 import math
 import os
+import queue
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from xuracore.errors import ConfigError
 
+_forked = False
 _threads = None  # chosen by set_num_threads; None until then
-_numba = None  # set once Numba is loaded
-_pool, _pool_lock = None, threading.Lock()
-_forked = False  # True in a forked child, where an OpenMP pool does not survive
 
 
 def prepare_environment():
-    """Set what must be set before Numba loads its OpenMP layer.
+    """Set what must be set before Numba loads its OpenMP layer, in case a kernel or the user needs it.
 
     GNU OpenMP workers spin after each parallel region and so take the core that BLAS needs next;
     ``OMP_WAIT_POLICY=passive`` makes them sleep.  ``XURA_NO_ENV=1`` leaves the environment alone.
@@ -32,11 +30,9 @@ def prepare_environment():
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
-def apply_to_numba(numba):
-    """Give Numba our thread count; called once by :mod:`xuracore.jit` after the import."""
-    global _numba
-    _numba = numba
-    numba.set_num_threads(min(get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+def is_forked():
+    """Whether this process began by a fork: threads that the parent had are not here."""
+    return _forked
 
 
 @functools.cache
@@ -100,23 +96,71 @@ def set_num_threads(count):
     _threads = min(count, available_cpus())
     for _, setter in _blas_functions():
         setter(_threads)
-    if _numba is not None:
-        _numba.set_num_threads(min(_threads, _numba.config.NUMBA_NUM_THREADS))
 
 
 def parallel_allowed():
-    """Whether a parallel kernel may start its pool here: several threads, not a forked child."""
-    return not _forked and get_num_threads() > 1
+    """Whether a kernel may use several threads here: more than one is set, and this is not one of them."""
+    return get_num_threads() > 1 and not hasattr(_this_thread, "works")
 
 
-def pool():
-    """The Python threads that kernels hand runs of tasks to; a forked child makes its own."""
-    global _pool
-    if _pool is None:
-        with _pool_lock:
-            if _pool is None:
-                _pool = ThreadPoolExecutor(max(1, available_cpus() - 1), thread_name_prefix="xura")
-    return _pool
+def run(calls):
+    """Make ``calls``, each (function, arguments …), at the same time; the first one in the calling thread.
+
+    For functions that release the GIL.  Handing over costs some 10 µs a call.  Returns when all have ended;
+    then raises the error of the first that failed.  Calls made from within one are made in turn.
+    """
+    others = [_Job(call) for call in calls[1:]]
+    if others and not hasattr(_this_thread, "works"):
+        _start_workers(len(others))
+        for job in others:
+            _jobs.put(job)
+    first = _Job(calls[0])
+    first.do()
+    for job in others:
+        if hasattr(_this_thread, "works"):
+            job.do()
+        job.done.acquire()
+    for job in (first, *others):
+        if job.error is not None:
+            raise job.error
+
+
+class _Job:
+    __slots__ = ("call", "done", "error")
+
+    def __init__(self, call):
+        self.call, self.done, self.error = call, threading.Lock(), None
+        self.done.acquire()
+
+    def do(self):
+        try:
+            function, *arguments = self.call
+            function(*arguments)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self.call = None
+            self.done.release()
+
+
+_jobs, _workers, _workers_lock = queue.SimpleQueue(), 0, threading.Lock()
+_this_thread = threading.local()  # has the attribute ``works`` in the threads that run() hands calls to
+
+
+def _start_workers(wanted):
+    global _workers
+    if _workers >= wanted:
+        return
+    with _workers_lock:
+        while _workers < min(wanted, available_cpus()):
+            threading.Thread(target=_work, args=(_jobs,), name=f"xura-{_workers}", daemon=True).start()
+            _workers += 1
+
+
+def _work(jobs):
+    _this_thread.works = True
+    while True:
+        jobs.get().do()
 
 
 _sharing, _sharing_lock, _blas_before = 0, threading.Lock(), ()  # calls of share() under way, and what they set aside
@@ -129,15 +173,10 @@ def share(calls, work):
     instead.  Less than a few million scalar operations of ``work`` stay in the calling thread.
     """
     workers = min(len(calls), get_num_threads()) if work >= SHARED_WORK and parallel_allowed() else 1
-    runs = [calls[i::workers] for i in range(workers)]
+    runs = [calls[i::workers] for i in range(max(1, workers))]
     _hold_blas(1)
     try:
-        others = [pool().submit(_in_turn, run) for run in runs[1:]]
-        try:
-            _in_turn(runs[0])
-        finally:
-            for other in others:
-                other.result()
+        run([(_in_turn, each) for each in runs])
     finally:
         _hold_blas(-1)
 
@@ -192,8 +231,11 @@ def _blas_functions():
 
 
 def _after_fork():
-    global _forked, _pool, _pool_lock, _sharing_lock
-    _forked, _pool, _pool_lock, _sharing_lock = True, None, threading.Lock(), threading.Lock()
+    """A child starts with the forking thread alone: no workers, and nobody who holds these locks."""
+    global _jobs, _workers, _workers_lock, _sharing_lock, _forked
+    _forked = True
+    _jobs, _workers = queue.SimpleQueue(), 0
+    _workers_lock, _sharing_lock = threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -33,18 +33,9 @@ def warm_up():
     load_kernels()
     if jit.backend() == "numpy":
         return []
-    before, work = len(jit.FIRST_CALLS), jit.PARALLEL_WORK
-    try:
-        _run_samples()
-        if threads.parallel_allowed():
-            jit.PARALLEL_WORK = 0
-            _run_samples()
-    finally:
-        jit.PARALLEL_WORK = work
-    return [
-        (name, "parallel" if parallel else "serial", seconds)
-        for name, parallel, seconds in jit.FIRST_CALLS[before:]
-    ]
+    before = len(jit.FIRST_CALLS)
+    _run_samples()
+    return jit.FIRST_CALLS[before:]
 
 
 def load_kernels():

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-import xuracore as xc
 from xuracore import jit
 from xuracore.kernels import activation, attention, conv, cross_entropy, norm, optimizer, scatter, softmax
 
@@ -179,14 +178,14 @@ BUILDS = [(np.float32, False), (np.float64, False), (np.float32, True)]
 def test_kernel_equals_twin(kernel, arguments, build):
     dtype, parallel = build
     if parallel and not kernel.parallel:
-        pytest.skip("this kernel has no parallel build")
+        pytest.skip("this kernel runs on one thread")
     tolerance = 1e-5 if dtype == np.float32 else 1e-12
     for size in (1, 3, 200):
         expected = arguments(np.random.default_rng(size), size, dtype)
         found = arguments(np.random.default_rng(size), size, dtype)
         with np.errstate(invalid="ignore"):
             kernel.twin(*expected)
-        kernel.compiled(parallel)(*found)
+        kernel.in_parts(3 if parallel else 1)(*found)
         for want, got in zip(expected, found):
             if isinstance(want, np.ndarray):
                 assert got.dtype == want.dtype
@@ -195,19 +194,16 @@ def test_kernel_equals_twin(kernel, arguments, build):
 
 @pytest.mark.parametrize("kernel, arguments", CASES, ids=NAMES)
 def test_number_of_threads_changes_no_bit(kernel, arguments):
-    if not kernel.parallel or xc.threads.available_cpus() < 2:
-        pytest.skip("needs a parallel build and two cores")
-    results, before = [], xc.get_num_threads()
-    try:
-        for count in (1, 2):
-            xc.set_num_threads(count)
-            results.append(arguments(np.random.default_rng(0), 333, np.float32))
-            kernel.compiled(True)(*results[-1])
-    finally:
-        xc.set_num_threads(before)
-    for one, two in zip(*results):
+    if not kernel.parallel:
+        pytest.skip("this kernel runs on one thread")
+    results = []
+    for parts in (1, 2, 3, 7):
+        results.append(arguments(np.random.default_rng(0), 333, np.float32))
+        kernel.in_parts(parts)(*results[-1])
+    for one, *others in zip(*results):
         if isinstance(one, np.ndarray):
-            np.testing.assert_array_equal(one, two)
+            for other in others:
+                np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("kernel, inputs", ELEMENTWISE, ids=[kernel.__name__ for kernel, _ in ELEMENTWISE])
@@ -215,7 +211,7 @@ def test_not_a_number_stays_visible(kernel, inputs):
     arguments = inputs(np.random.default_rng(0), 9, np.float32)
     for array in arguments[:-1]:
         array[4] = np.nan
-    kernel.compiled(False)(*arguments)
+    kernel(*arguments)
     assert np.isnan(arguments[-1][4]) and np.isfinite(np.delete(arguments[-1], 4)).all()
 
 

@@ -60,7 +60,7 @@ def _in_child(connection):
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_a_forked_child_makes_its_own_threads():
-    threads.pool().submit(int).result()  # the parent's pool is up
+    threads.run([(int,), (int,)])  # the parent's threads are up
     here, there = multiprocessing.Pipe()
     child = multiprocessing.get_context("fork").Process(target=_in_child, args=(there,))
     child.start()

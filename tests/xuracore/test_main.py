@@ -32,7 +32,7 @@ def test_doctor_finds_the_kernels_and_where_they_are_kept(tmp_path):
     result = run("doctor", NUMBA_CACHE_DIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert f"kernel cache     {tmp_path}" in result.stdout
-    assert "compiled by Numba" in result.stdout and "threading layer" in result.stdout
+    assert "compiled by Numba" in result.stdout
 
 
 @needs_numba

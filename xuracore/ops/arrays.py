@@ -15,14 +15,23 @@ def floating(x):
     return x if x.dtype in FLOATS and isinstance(x, np.ndarray) else x.astype(np.float32)
 
 
+def contiguous(x, dtype=None):
+    """``x`` as a C-contiguous, writable array, itself where it can be.
+
+    Kernels take no other: a read-only array is a type of its own to Numba and would cost another build.
+    """
+    x = np.ascontiguousarray(x, dtype)
+    return x if x.flags.writeable else x.copy()
+
+
 def flat(x):
     """``x`` as one C-contiguous axis (a view where it can be)."""
-    return np.ascontiguousarray(x).reshape(-1)
+    return contiguous(x).reshape(-1)
 
 
 def rows(x):
     """``x`` (..., width) as C-contiguous (rows, width)."""
-    return np.ascontiguousarray(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return contiguous(x).reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def vector(given, width, dtype, fill, name):
@@ -32,4 +41,4 @@ def vector(given, width, dtype, fill, name):
     given = np.asarray(given)
     if given.shape != (width,):
         raise ShapeError(f"{name} has shape {given.shape}; expected ({width},) for inputs of that width")
-    return np.ascontiguousarray(given, dtype=dtype)
+    return contiguous(given, dtype)

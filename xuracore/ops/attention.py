@@ -220,13 +220,7 @@ class _Plan:
         if not helpers:
             return _work_off(function, waiting)
         with _one_blas_thread():
-            others = [threads.pool().submit(_work_off, function, waiting) for _ in range(helpers)]
-            try:
-                _work_off(function, waiting)
-            finally:
-                for other in others:
-                    if not other.cancel():  # one that never started has nothing left to do
-                        other.result()
+            threads.run([(_work_off, function, waiting)] * (helpers + 1))
 
 
 def _work_off(function, waiting):

@@ -3,6 +3,7 @@
 import numpy as np
 
 from xuracore.autograd import is_grad_enabled
+from xuracore.ops import arrays
 from xuracore.errors import ShapeError
 
 SCRATCH_BYTES = 1 << 18  # recomputed states of one block of tokens: a part of a core's L2 cache
@@ -19,7 +20,7 @@ def contiguous(x, shape, like, fill=0):
     """``x`` as a contiguous array of ``shape`` and of ``like``'s dtype; ``fill`` everywhere if None."""
     if x is None:
         return np.full(shape, fill, like.dtype)
-    return np.ascontiguousarray(x, dtype=like.dtype)
+    return arrays.contiguous(x, like.dtype)
 
 
 def sequences(shape, cu_seqlens, op):

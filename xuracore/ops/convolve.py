@@ -4,7 +4,7 @@ import numpy as np
 
 from xuracore.errors import ShapeError
 from xuracore.kernels import activation, conv
-from xuracore.ops.arrays import floating, vector
+from xuracore.ops.arrays import contiguous, floating, vector
 from xuracore.ops.registry import primitive
 
 
@@ -16,7 +16,7 @@ def _causal_conv1d_forward(x, weight, bias=None, state=None, silu=False):
     x (B, L, C); weight (C, K) (or (C, 1, K), as checkpoints store it); bias (C,) or None.
     state : the last K - 1 inputs of the past, or None for zeros.   silu : apply silu to y.
     """
-    x = np.ascontiguousarray(floating(x))
+    x = contiguous(floating(x))
     weight = np.asarray(weight)
     if x.ndim != 3 or weight.ndim not in (2, 3) or weight.size != weight.shape[0] * weight.shape[-1]:
         raise ShapeError(f"causal_conv1d: x {x.shape} is to be (B, L, C), weight {weight.shape} (C, [1,] K)")
@@ -24,14 +24,14 @@ def _causal_conv1d_forward(x, weight, bias=None, state=None, silu=False):
     size = weight.shape[-1]
     if weight.shape[0] != channels or size < 1:
         raise ShapeError(f"causal_conv1d: weight {weight.shape} does not fit {channels} channels")
-    taps = np.ascontiguousarray(weight.reshape(channels, size).T, dtype=x.dtype)
+    taps = contiguous(weight.reshape(channels, size).T, dtype=x.dtype)
     shift = vector(bias, channels, x.dtype, 0, "bias")
     if state is None:
         state = np.zeros((batch, size - 1, channels), x.dtype)
     elif np.shape(state) != (batch, size - 1, channels):
         expected = batch, size - 1, channels
         raise ShapeError(f"causal_conv1d: state has shape {np.shape(state)}; expected {expected}")
-    state = np.ascontiguousarray(state, dtype=x.dtype)
+    state = contiguous(state, dtype=x.dtype)
     y = before = _convolve(x, state, taps, shift)
     if silu:
         y = np.empty_like(before)
@@ -50,7 +50,7 @@ def _convolve(x, state, taps, shift):
 def _causal_conv1d_vjp(grad, saved, needs):
     to_y, to_state = grad
     x, state, taps, shift, silu, shape = saved
-    g = np.zeros_like(x) if to_y is None else np.ascontiguousarray(to_y)
+    g = np.zeros_like(x) if to_y is None else contiguous(to_y)
     if silu:  # the sum before silu is cheaper to compute again than to keep
         before = _convolve(x, state, taps, shift).reshape(-1)
         through = np.empty_like(before)

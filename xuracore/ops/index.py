@@ -6,6 +6,7 @@ import numpy as np
 
 from xuracore.errors import DTypeError, ShapeError
 from xuracore.kernels.scatter import scatter_add_rows
+from xuracore.ops.arrays import contiguous
 from xuracore.ops.registry import primitive
 from xuracore.tensor import Tensor
 
@@ -41,7 +42,7 @@ def _add_rows(out, positions, axes, grad):
     count, width = math.prod(out.shape[:axes]), math.prod(out.shape[axes:])
     if positions.size and width:
         index = (positions.reshape(-1) % count).astype(np.int64)  # negative ones count from the end
-        rows = np.ascontiguousarray(grad).reshape(index.size, width)
+        rows = contiguous(grad).reshape(index.size, width)
         scatter_add_rows(index, rows, out.reshape(count, width))
 
 
@@ -117,7 +118,7 @@ def _embedding_vjp(grad, saved, needs):
     if not needs[0]:
         return None, None
     out = np.zeros(shape, grad.dtype)
-    rows = np.ascontiguousarray(grad.reshape(-1, shape[1]))
+    rows = contiguous(grad.reshape(-1, shape[1]))
     scatter_add_rows(ids.reshape(-1).astype(np.int64), rows, out)
     return out, None
 

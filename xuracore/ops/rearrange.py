@@ -4,6 +4,7 @@ import numpy as np
 
 from xuracore.errors import ShapeError
 from xuracore.kernels.scatter import scatter_add_rows
+from xuracore.ops.arrays import contiguous
 from xuracore.ops.registry import primitive
 
 
@@ -66,7 +67,7 @@ def _repeat_vjp(grad, saved, needs):
     if np.ndim(counts) == 0:
         parts = grad.reshape(*shape[: axis + 1], counts, *shape[axis + 1 :])
         return (parts.sum(axis=axis + 1),)
-    moved = np.ascontiguousarray(np.moveaxis(grad, axis, 0))
+    moved = contiguous(np.moveaxis(grad, axis, 0))
     out = np.zeros((shape[axis], *moved.shape[1:]), grad.dtype)
     source = np.repeat(np.arange(shape[axis]), counts)
     if moved.size:
