@@ -41,3 +41,24 @@ def test_outputs_and_gradients(name):
         expected = vectors[{"in": "gin." if prefix == "cot" else "grad.", "w": "gw."}[kind] + short]
         scale = max(1.0, np.abs(expected).max())
         np.testing.assert_allclose(given[short].grad, expected, rtol=0, atol=2e-5 * scale)
+
+
+def test_complex_outputs_and_gradients():
+    """Published B and C are (B, G, N, 2 L), real and imaginary parts in turns along time."""
+    vectors = np.load(GOLDEN / "upstream/mamba1_scan_complex.npz", allow_pickle=False)
+
+    def ours(x):
+        if np.iscomplexobj(x):
+            return np.stack([x.real, x.imag], axis=-1)
+        if x.ndim == 4:
+            return x.reshape(*x.shape[:3], -1, 2).transpose(0, 3, 1, 2, 4)
+        return x.transpose(0, 2, 1) if x.ndim == 3 else x
+
+    names = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias")
+    given = {name: xc.Tensor(np.ascontiguousarray(ours(vectors[f"in.{name}"])), requires_grad=True) for name in names}
+    y, _ = xc.ops.selective_scan(*given.values(), delta_softplus=True)
+    np.testing.assert_allclose(y.numpy(), ours(vectors["out.y"]), atol=5e-6, rtol=1e-5)
+    y.backward(ours(vectors["dout.y"]))
+    for name, tensor in given.items():
+        expected = ours(vectors[f"grad.{name}"])
+        np.testing.assert_allclose(tensor.grad, expected, rtol=0, atol=2e-5 * max(1.0, np.abs(expected).max()))

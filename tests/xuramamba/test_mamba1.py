@@ -13,6 +13,8 @@ from xuramamba import LanguageModel, LanguageModelConfig, Mamba1
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
+DECODED = "out.decode.last_hidden_state"
+
 
 def golden_model(name):
     vectors = np.load(GOLDEN / f"{name}.npz", allow_pickle=False)
@@ -20,6 +22,7 @@ def golden_model(name):
     fields = {
         "d_state": c["state_size"], "d_conv": c["conv_kernel"], "expand": c["expand"],
         "dt_rank": c["time_step_rank"], "bias": c["use_bias"], "conv_bias": c["use_conv_bias"],
+        "mixer_rms_eps": c.get("mixer_rms_eps"),
     }  # fmt: skip
     model = LanguageModel(
         LanguageModelConfig(
@@ -31,7 +34,8 @@ def golden_model(name):
     model.load_state_dict(
         {f"backbone.{key}".replace("embeddings.", "embedding."): value for key, value in weights.items()}
     )
-    prefill = int(re.search(r"first (\d+) tokens", str(vectors["meta"])).group(1))
+    notes = re.search(r"first (\d+) tokens", str(vectors["meta"]))
+    prefill = int(notes.group(1)) if notes else vectors["in.input_ids"].shape[1] - vectors[DECODED].shape[1]
     return model, vectors, prefill
 
 
@@ -39,7 +43,7 @@ def near(got, want, tolerance=2e-5):
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(1.0, np.abs(want).max()))
 
 
-NAMES = ["mamba1_base", "mamba1_bias_k3"]
+NAMES = ["mamba1_base", "mamba1_bias_k3", "falcon_mamba"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,7 +142,10 @@ def test_gradient_reaches_the_initial_state():
     assert xc.gradcheck(function, [part.numpy() for part in start])
 
 
-@pytest.mark.parametrize("fields", [{"d_conv": 0}, {"dt_rank": "some"}, {"dt_rank": 0}, {"d_stat": 3}])
+@pytest.mark.parametrize("fields", [
+        {"d_conv": 0}, {"dt_rank": "some"}, {"dt_rank": 0}, {"d_stat": 3}, {"dt_limit": (0.2, 0.1)},
+        {"dt_limit": (-1.0, 1.0)}, {"mixer_rms_eps": -1.0},
+    ])
 def test_impossible_configurations_are_refused(fields):
     with pytest.raises(ConfigError):
         Mamba1(6, **fields)
