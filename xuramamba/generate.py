@@ -42,6 +42,7 @@ def generate(
     repetition_penalty : above 1, tokens that a row has already are less likely (prompt included).
     min_new_tokens : so many come before a stop id may.
     stop_strings : a row is done when its new text has one of them; needs ``tokenizer``.
+    tokenizer : ids behind the last one it has are never chosen.
     state : what an earlier call returned (``details``); ``token_ids`` are then what follows.
     progress : called with (tokens read, tokens in all) while prompts are read.
     details : return :class:`Generated`, whose state has seen all of its ids.
@@ -66,7 +67,10 @@ def generate(
         rng = np.random.default_rng(rng)
     if isinstance(rng, (list, tuple)) and len(rng) != len(rows):
         raise ConfigError(f"rng is a list of {len(rng)} generators for {len(rows)} rows; expected one a row")
-    run = _Run(model, rows, state, np.array(stop, np.int64), texts)
+    vocabulary = model.config.vocab_size
+    if tokenizer is not None:
+        vocabulary = min(vocabulary, tokenizer.vocabulary_size)
+    run = _Run(model, rows, state, np.array(stop, np.int64), texts, vocabulary)
     with no_grad():
         start = time.perf_counter()
         run.prefill(prefill_chunk, progress)
@@ -95,9 +99,9 @@ def _rows(token_ids):
 class _Run:
     """The rows of one call: those that go on form the batch, the others wait with their state."""
 
-    def __init__(self, model, rows, state, stop, texts):
+    def __init__(self, model, rows, state, stop, texts, vocabulary):
         self.model, self.rows, self.stop, self.texts = model, rows, stop, texts
-        self.vocabulary = model.config.vocab_size
+        self.vocabulary = vocabulary
         self.new = [[] for _ in rows]
         self.reasons = ["length"] * len(rows)
         self.active = np.arange(len(rows))
@@ -150,7 +154,7 @@ class _Run:
 
     def _choose(self, early, options, rng, penalty, seen):
         logits = np.array(self.logits, copy=True)
-        logits[:, self.vocabulary :] = -np.inf  # rows of the table that are padding
+        logits[:, self.vocabulary :] = -np.inf  # rows of the table that are no token
         if seen is not None:
             for row, place in zip(self.active.tolist(), logits):
                 penalize_repetition(place, seen[row], penalty)

@@ -197,7 +197,7 @@ def save(model, directory, format="xura"):
     require(format in FORMATS, f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     state, metadata, width = model.state_dict(), {"format": "pt"}, width_of(model)  # transformers asks for "pt"
     if format == "huggingface":
-        require(width == "float32", f"the weights are stored as {width}; transformers reads float32 ones")
+        require(width == "float32", f"the weights are stored as {width}, which only our own format holds")
         config = published.hugging_face_config(model.config)
         state["backbone.embeddings.weight"] = state.pop(_EMBEDDING)
     else:

@@ -8,7 +8,6 @@ import contextlib
 import importlib
 import itertools
 import json
-import math
 import os
 import statistics
 import sys
@@ -85,10 +84,11 @@ def _one_line(error):
     elif isinstance(error, MemoryError):
         text = f"not enough memory. {text}"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return _printable("; ".join(lines)) or type(error).__name__
+    return printable("; ".join(lines)) or type(error).__name__
 
 
-def _printable(text):
+def printable(text):
+    """Text without anything that could move a cursor."""
     return "".join(letter if letter.isprintable() else "·" for letter in text)
 
 
@@ -113,6 +113,8 @@ def _delegate(module, name, arguments):
 
 
 def _parser():
+    from xuravljepa import cli_generate, cli_inspect
+
     parser = argparse.ArgumentParser(prog="xura", description=DESCRIPTION, epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="store_true", help="print the version")
@@ -146,19 +148,11 @@ def _parser():
     add("eval", "measure a model on held-out scenes (training/scripts/evaluate.py)")
     add("make-data", "write generated pictures and a manifest (training/scripts/make_data.py)")
 
-    generate = add("generate", "continue a text with a language model", _generate)
-    generate.add_argument("model", metavar="DIR", help="folder with config.json and model.safetensors")
-    generate.add_argument("prompt", metavar="TEXT", help="what to continue; its bytes are the tokens")
-    generate.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default 64")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 (default): the most likely token")
-    generate.add_argument("--top-k", type=int, metavar="K", help="choose among the K most likely")
-    generate.add_argument("--top-p", type=float, metavar="P", help="choose among those that together have P")
-    generate.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
-
-    inspect = add("inspect", "list what is in a model folder or safetensors file", _inspect)
-    inspect.add_argument("path", metavar="PATH")
-    inspect.add_argument("--summary", action="store_true", help="totals only")
-    inspect.add_argument("--json", action="store_true", help="as one JSON object")
+    generate = add("generate", "continue a text with a language model", cli_generate.run)
+    generate.epilog = cli_generate.EXAMPLES
+    cli_generate.add_arguments(generate)
+    inspect = add("inspect", "list what is in a model folder or file of weights", cli_inspect.run)
+    cli_inspect.add_arguments(inspect)
 
     info = add("info", "versions, threads, kernels, presets and shipped models", _info)
     info.add_argument("--json", action="store_true", help="as one JSON object")
@@ -201,7 +195,7 @@ came about.
             reply.trace.show()
             print()
         else:
-            asked = f"{_printable(question)}  " if len(args.questions) > 1 else ""
+            asked = f"{printable(question)}  " if len(args.questions) > 1 else ""
             print(f"{asked}{reply.text}  ({_how(reply, agent.trained)})", flush=True)
         if args.trace:
             reply.trace.write(args.trace, append=len(replies) > 1)
@@ -218,7 +212,7 @@ def _how(reply, monitored):
     sure = f"{percent(reply.confidence)} sure"
     parts = [sure if monitored else "this model has no monitor: it cannot doubt"]
     for call in reply.tool_calls:
-        said = f"said {_printable(call['result'][:60])}" if call["ok"] else "failed"
+        said = f"said {printable(call['result'][:60])}" if call["ok"] else "failed"
         parts.append(f"{call['tool']} {said}")
     return ", ".join(parts)
 
@@ -227,111 +221,6 @@ def _reply_data(question, reply, monitored):
     confidence = reply.confidence if monitored else None
     return {"question": question, "answer": reply.answer, "confidence": confidence, "unsure": reply.unsure,
             "reason": reply.reason, "tool_calls": reply.tool_calls}
-
-
-# ---------------------------------------------------------------------- generate
-def _generate(args):
-    """Continue a text with a language model whose tokens are bytes (a vocabulary of 256 to 264)."""
-    import numpy as np
-
-    from xuracore.errors import ConfigError
-    from xuramamba import LanguageModel
-    from xuravljepa.tokenizer import EOS, VOCABULARY_SIZE, ByteTokenizer
-
-    model, tokenizer = LanguageModel.from_pretrained(args.model), ByteTokenizer()
-    vocabulary = model.config.vocab_size
-    if not 256 <= vocabulary <= VOCABULARY_SIZE:
-        raise ConfigError(f"{args.model}: a vocabulary of {vocabulary} is not that of bytes; use "
-                          "LanguageModel in Python, with the tokenizer that belongs to it")
-    prompt = tokenizer.encode(args.prompt)
-    if not len(prompt):
-        raise ConfigError("the prompt is empty")
-    with compiling_notice():
-        ids = model.generate(prompt[None], args.max_new_tokens, args.temperature, args.top_k, args.top_p,
-                             np.random.default_rng(args.seed), stop=EOS)
-    print(args.prompt + tokenizer.decode(ids[0, len(prompt):]))
-
-
-# ---------------------------------------------------------------------- inspect
-def _inspect(args):
-    """List tensors, shapes, types, sizes and metadata of a model folder or a safetensors file.
-
-Nothing but headers and configurations is read, and every file is checked before it is believed; damaged or
-hostile ones are refused with the reason.
-"""
-    found = _examine(args.path)
-    if args.json:
-        print(json.dumps(found, indent=1))
-        return
-    print(f"{_printable(str(args.path))}: {found['kind']}")
-    for name, config in () if args.summary else found["configs"].items():
-        print(f"\n{name}")
-        print("\n".join(_setting_lines(config)))
-    for name, file in found["files"].items():
-        types = ", ".join(sorted({entry["dtype"] for entry in file["tensors"].values()}))
-        print(f"\n{_printable(name)}: {len(file['tensors'])} tensors, {file['parameters']:,} numbers, "
-              f"{file['bytes'] / 1e6:.2f} MB, {types or 'empty'}")
-        for key, value in file["metadata"].items():
-            print(f"  {_printable(key)} = {_printable(value)}")
-        for part, count in _parts(file["tensors"]).items():
-            print(f"  {part}: {count:,}")
-        if not args.summary:
-            width = max(map(len, file["tensors"]), default=0)
-            for tensor, entry in file["tensors"].items():
-                shape = " × ".join(map(str, entry["shape"])) or "a number"
-                print(f"  {tensor:{width}}  {entry['dtype']:4s}  {shape}")
-
-
-def _examine(path):
-    """{"kind", "configs": {file: data}, "files": {file: {"tensors", "parameters", "bytes", "metadata"}}}."""
-    from pathlib import Path
-
-    from xuracore import io
-    from xuracore.errors import FormatError
-
-    path, found = Path(path), {"kind": "safetensors file", "configs": {}, "files": {}}
-    sources = {path.name: path}
-    if path.is_dir():
-        sources = {file.name: file for file in sorted(path.glob("*.safetensors"))}
-        if (path / "model.safetensors.index.json").is_file():
-            sources = {"model.safetensors.index.json": path / "model.safetensors.index.json"}
-        if not sources:
-            raise FormatError("holds no .safetensors file", path)
-        for name in ("config.json", "agent.json"):
-            if (path / name).is_file():
-                found["configs"][name] = io.load_json(path / name)
-        config = found["configs"].get("config.json")
-        kind = config.get("model_type", "unknown type") if isinstance(config, dict) else "no config.json"
-        found["kind"] = f"folder of a model ({_printable(str(kind))[:80]})"
-    for name, source in sources.items():
-        header = io.read_header(source)
-        tensors = {tensor: {"dtype": entry.dtype, "shape": list(entry.shape)}
-                   for tensor, entry in sorted(header.tensors.items())}
-        found["files"][name] = {
-            "tensors": tensors, "parameters": sum(math.prod(entry["shape"]) for entry in tensors.values()),
-            "bytes": sum(entry.bytes for entry in header.tensors.values()), "metadata": header.metadata}
-    return found
-
-
-def _parts(tensors, most=30):
-    """{first word of the names: how many numbers}, where that divides the tensors into a few parts."""
-    counts = {}
-    for name, entry in tensors.items():
-        part = name.partition(".")[0]
-        counts[part] = counts.get(part, 0) + math.prod(entry["shape"])
-    return counts if 1 < len(counts) <= min(most, len(tensors) - 1) else {}
-
-
-def _setting_lines(config, indent="  "):
-    if not isinstance(config, dict):
-        config = {"value": config}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield f"{indent}{_printable(str(key))}"
-            yield from _setting_lines(value, indent + "  ")
-        else:
-            text = _printable(json.dumps(value, ensure_ascii=False))
-            yield f"{indent}{_printable(str(key))} = {text if len(text) <= 100 else text[:99] + '…'}"
 
 
 # ---------------------------------------------------------------------- info and bench
