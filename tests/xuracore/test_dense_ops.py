@@ -132,3 +132,13 @@ def test_logits_of_any_size_keep_the_loss_finite():
     loss = ops.cross_entropy(leaf, np.array([0, 1]))
     loss.backward()
     assert np.isfinite(loss.data) and np.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize("name, attributes", [("silu", {}), ("gelu", {}), ("gelu", {"approximate": "tanh"})])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_activations_have_their_limits_at_the_infinities(name, attributes, dtype):
+    x = xc.Tensor(np.array([-np.inf, np.inf, -1e30, 1e30], dtype), requires_grad=True)
+    y = getattr(ops, name)(x, **attributes)
+    y.sum().backward()
+    np.testing.assert_array_equal(y.data, np.array([0, np.inf, 0, 1e30], dtype))
+    np.testing.assert_array_equal(x.grad, [0, 1, 0, 1])

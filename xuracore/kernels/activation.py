@@ -5,6 +5,9 @@
     gelu, tanh form (Hendrycks & Gimpel 2016):   x σ(2u),  u = sqrt(2/π) (x + 0.044715 x³),
     which is the familiar ½ x (1 + tanh u) written with one exponential.
 
+The limits hold at the infinities, where the formulas alone give NaN: silu and gelu tend to -0.0 and x, their
+derivatives to -0.0 and 1.
+
 All arrays are one-dimensional, C-contiguous, of one float dtype and equal length; the last one is
 the output.  Forward takes (x, y), backward (grad, x, dx).
 """
@@ -14,7 +17,9 @@ import math
 import numpy as np
 
 from xuracore.jit import kernel, prange
-from xuracore.kernels.fastmath import erf, exp, sigmoid, silu, softplus
+from xuracore.kernels.fastmath import (
+    erf, gelu, gelu_slope, gelu_tanh, gelu_tanh_slope, sigmoid, silu, silu_slope, softplus,
+)  # fmt: skip
 
 ROOT_HALF = math.sqrt(0.5)
 ROOT_TWO_OVER_PI = math.sqrt(2 / math.pi)
@@ -22,6 +27,7 @@ ONE_OVER_ROOT_TWO_PI = 1 / math.sqrt(2 * math.pi)
 CUBIC = 0.044715
 
 _erf_objects = np.frompyfunc(math.erf, 1, 1)
+_erfc_objects = np.frompyfunc(math.erfc, 1, 1)
 
 
 def sigmoid_numpy(x, y):
@@ -58,7 +64,7 @@ def softplus_backward(grad, x, dx):
 
 def silu_numpy(x, y):
     sigmoid_numpy(x, y)
-    y *= x
+    y *= np.maximum(x, -800)  # -inf · 0 would be NaN
 
 
 @kernel(twin=silu_numpy, parallel=True)
@@ -69,15 +75,13 @@ def silu_forward(x, y):
 
 def silu_backward_numpy(grad, x, dx):
     sigmoid_numpy(x, dx)
-    dx *= grad * (1 + x * (1 - dx))
+    dx *= grad * (1 + np.clip(x, -800, 800) * (1 - dx))
 
 
 @kernel(twin=silu_backward_numpy, parallel=True)
 def silu_backward(grad, x, dx):
-    one = x.dtype.type(1)
     for i in prange(x.size):
-        s = sigmoid(x[i])
-        dx[i] = grad[i] * s * (one + x[i] * (one - s))
+        dx[i] = grad[i] * silu_slope(x[i])
 
 
 def erf_numpy(x, y):
@@ -91,59 +95,47 @@ def erf_forward(x, y):
 
 
 def gelu_numpy(x, y):
-    erf_numpy(x * ROOT_HALF, y)
-    y[...] = 0.5 * x * (1 + y)
+    y[...] = 0.5 * np.maximum(x, -40) * _erfc_objects(-ROOT_HALF * x).astype(x.dtype)
 
 
 @kernel(twin=gelu_numpy, parallel=True)
 def gelu_forward(x, y):
-    number = x.dtype.type
-    half, one, scale = number(0.5), number(1), number(ROOT_HALF)
     for i in prange(x.size):
-        y[i] = half * x[i] * (one + erf(scale * x[i]))
+        y[i] = gelu(x[i])
 
 
 def gelu_backward_numpy(grad, x, dx):
-    erf_numpy(x * ROOT_HALF, dx)
-    dx[...] = grad * (0.5 * (1 + dx) + x * ONE_OVER_ROOT_TWO_PI * np.exp(-0.5 * x * x))
+    held = np.clip(x, -40, 40)
+    below = 0.5 * _erfc_objects(-ROOT_HALF * held).astype(x.dtype)
+    dx[...] = grad * (below + held * ONE_OVER_ROOT_TWO_PI * np.exp(-0.5 * held * held))
 
 
 @kernel(twin=gelu_backward_numpy, parallel=True)
 def gelu_backward(grad, x, dx):
-    number = x.dtype.type
-    half, one, scale = number(0.5), number(1), number(ROOT_HALF)
-    density = number(ONE_OVER_ROOT_TWO_PI)
     for i in prange(x.size):
-        below = half * (one + erf(scale * x[i]))
-        dx[i] = grad[i] * (below + x[i] * density * exp(-half * x[i] * x[i]))
+        dx[i] = grad[i] * gelu_slope(x[i])
 
 
 def gelu_tanh_numpy(x, y):
-    sigmoid_numpy(2 * ROOT_TWO_OVER_PI * x * (1 + CUBIC * x * x), y)
-    y *= x
+    held = np.clip(x, -30, 30)
+    sigmoid_numpy(2 * ROOT_TWO_OVER_PI * held * (1 + CUBIC * held * held), y)
+    y *= np.maximum(x, -30)
 
 
 @kernel(twin=gelu_tanh_numpy, parallel=True)
 def gelu_tanh_forward(x, y):
-    number = x.dtype.type
-    one, cubic, scale = number(1), number(CUBIC), number(2 * ROOT_TWO_OVER_PI)
     for i in prange(x.size):
-        y[i] = x[i] * sigmoid(scale * x[i] * (one + cubic * x[i] * x[i]))
+        y[i] = gelu_tanh(x[i])
 
 
 def gelu_tanh_backward_numpy(grad, x, dx):
-    sigmoid_numpy(2 * ROOT_TWO_OVER_PI * x * (1 + CUBIC * x * x), dx)
-    slope = 2 * ROOT_TWO_OVER_PI * (1 + 3 * CUBIC * x * x)
-    dx *= grad * (1 + x * (1 - dx) * slope)
+    held = np.clip(x, -30, 30)
+    sigmoid_numpy(2 * ROOT_TWO_OVER_PI * held * (1 + CUBIC * held * held), dx)
+    slope = 2 * ROOT_TWO_OVER_PI * (1 + 3 * CUBIC * held * held)
+    dx *= grad * (1 + held * (1 - dx) * slope)
 
 
 @kernel(twin=gelu_tanh_backward_numpy, parallel=True)
 def gelu_tanh_backward(grad, x, dx):
-    number = x.dtype.type
-    one, cubic, scale = number(1), number(CUBIC), number(2 * ROOT_TWO_OVER_PI)
-    steep = number(3 * CUBIC)
     for i in prange(x.size):
-        square = x[i] * x[i]
-        s = sigmoid(scale * x[i] * (one + cubic * square))
-        slope = scale * (one + steep * square)
-        dx[i] = grad[i] * s * (one + x[i] * (one - s) * slope)
+        dx[i] = grad[i] * gelu_tanh_slope(x[i])

@@ -23,6 +23,13 @@ ROUND = np.float32(12582912.0)  # 1.5 * 2**23: adding it rounds to an integer, k
 E2, E3, E4 = np.float32(0.49999993432), np.float32(0.16666520399), np.float32(0.04166839079)
 E5, E6 = np.float32(0.00836874512), np.float32(0.00138145400)
 
+UP, DOWN = np.float32(2.0**64), np.float32(2.0**-64)
+UP_BIAS = np.int32(127 + 64)
+FAR = np.float32(110)  # x e**-x is zero from here on; e**-x keeps a normal 2**64 multiple
+SIGN, UPPER = np.int32(-0x80000000), np.int32(-0x1000)  # masks: the sign; the upper half of the mantissa
+TINY, TWO_23 = np.float32(1.1754944e-38), np.float32(2.0**23)
+INFINITY, NOT_A_NUMBER = np.float32(np.inf), np.float32(np.nan)
+
 P1, P2 = np.float32(0.33333206566), np.float32(0.20010849530)
 P3, P4 = np.float32(0.13999570533), np.float32(0.14012229456)
 
@@ -38,6 +45,17 @@ G1, G2, G3 = np.float32(3.83197126e-4), np.float32(-1.72853470e-5), np.float32(2
 G4, G5, G6 = np.float32(-3.88396438e-3), np.float32(-1.28717512e-1), np.float32(-6.34846687e-1)
 G7 = np.float32(-1.06777877e-1)
 ERF_SMALL = np.float32(0.927734375)
+
+# Mills' ratio, Φ(-t) e^(t²/2) = u Σ M_i (u - M)^i with u = 1/(1 + M_RATE t), for t in [0, 15]
+M_RATE, M, M_END = np.float32(0.45), np.float32(0.5645161), np.float32(15)
+M0, M1, M2 = np.float32(0.3329181969165802), np.float32(0.358486533164978), np.float32(0.11190009117126465)
+M3, M4, M5 = np.float32(-0.11993631720542908), np.float32(-0.0415264852344989), np.float32(0.0858234241604805)
+M6, M7 = np.float32(-0.011565701104700565), np.float32(-0.058944642543792725)
+M8, M9 = np.float32(0.03156067803502083), np.float32(0.023161759600043297)
+DENSITY = np.float32(1 / math.sqrt(2 * math.pi))
+
+G_RATE, G_CUBIC = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
+G_END = np.float32(11)  # the tanh form is x or 0 to the last bit from here on
 
 TWO_PI = 2 * math.pi
 TWO_PI_HIGH, TWO_PI_LOW = np.float32(6.28125), np.float32(2 * math.pi - 6.28125)
@@ -79,21 +97,46 @@ def log1p_unit(u):
 
 
 def _log_wide(x):
-    return math.log(x)
+    return math.log(x) if x > 0.0 else -math.inf if x == 0.0 else math.nan
 
 
 @device.narrow(wide=_log_wide)
 def log(x):
-    """Natural logarithm of a normal, positive x; at most 2 ulp.  Zero and below are not handled."""
-    bits = np.float32(x).view(np.int32)
+    """Natural logarithm; at most 2 ulp.  -inf at zero of either sign, NaN below."""
+    small = x < TINY
+    scaled = x * TWO_23 if small else x
+    bits = np.float32(scaled).view(np.int32)
     k = np.int32((bits - np.int32(0x3F3504F3)) >> np.int32(23))
     mantissa = np.int32(bits - np.int32(k << np.int32(23)))
     f = np.int32(mantissa).view(np.float32) - ONE
     s = f / (TWO + f)
     z = s * s
     tail = TWO * s * z * (L1 + z * (L2 + z * L3))
-    n = np.float32(k)
-    return n * LN2_HIGH + (TWO * s + tail + n * LN2_LOW)
+    n = np.float32(k) - (np.float32(23) if small else ZERO)
+    y = n * LN2_HIGH + (TWO * s + tail + n * LN2_LOW)
+    y = y if x < INFINITY else x  # also NaN
+    y = y if x > ZERO or x != x else NOT_A_NUMBER
+    return y if x != ZERO else -INFINITY
+
+
+@device
+def _exp_up(a, b):
+    """2**64 e**(a + b) in float32, for a + b in [-113, 0] and b tiny or zero; at most 1.1 ulp.
+
+    A number below 1.2e-38 has fewer bits: who multiplies by 2**-64 last keeps them as long as possible.
+    """
+    shifted = (a + b) * LOG2_E + ROUND
+    n = shifted - ROUND
+    r = ((a - n * LN2_HIGH) - n * LN2_LOW) + b
+    p = ONE + (r + r * r * (E2 + r * (E3 + r * (E4 + r * (E5 + r * E6)))))
+    bits = np.int32((np.float32(shifted).view(np.int32) + UP_BIAS) << np.int32(23))
+    return p * np.int32(bits).view(np.float32)
+
+
+@device
+def _with_sign(size, x):
+    """``size`` (float32, not negative) with the sign bit of x."""
+    return np.int32(np.float32(size).view(np.int32) | (np.float32(x).view(np.int32) & SIGN)).view(np.float32)
 
 
 def _softplus_wide(x):
@@ -102,9 +145,11 @@ def _softplus_wide(x):
 
 @device.narrow(wide=_softplus_wide)
 def softplus(x):
-    """``log(1 + e**x)`` with relative accuracy far left and no overflow far right."""
+    """``log(1 + e**x)`` with relative accuracy far left and no overflow far right; at most 3 ulp."""
     positive = x if x > ZERO else ZERO
-    return positive + log1p_unit(exp(-abs(x)))
+    size = abs(x)
+    size = FAR if size > FAR else size
+    return positive + log1p_unit(_exp_up(-size, ZERO) * DOWN)
 
 
 def _sigmoid_wide(x):
@@ -115,15 +160,44 @@ def _sigmoid_wide(x):
 @device.narrow(wide=_sigmoid_wide)
 def sigmoid(x):
     """``1 / (1 + e**-x)``; at most 3 ulp."""
-    e = exp(-abs(x))
-    r = ONE / (ONE + e)
-    return r if x >= ZERO else e * r
+    size = abs(x)
+    size = FAR if size > FAR else size
+    up = _exp_up(-size, ZERO)
+    r = ONE / (ONE + up * DOWN)
+    return r if x >= ZERO else up * r * DOWN
 
 
-@device
+def _silu_wide(x):
+    return x * sigmoid(x) if x > -800.0 or x != x else -0.0
+
+
+@device.narrow(wide=_silu_wide)
 def silu(x):
-    """``x * sigmoid(x)``; at most 4 ulp."""
-    return x * sigmoid(x)
+    """``x * sigmoid(x)``; at most 4 ulp.  silu(-inf) = -0.0."""
+    held = -FAR if x < -FAR else x
+    size = FAR if abs(held) > FAR else abs(held)
+    up = _exp_up(-size, ZERO)
+    r = ONE / (ONE + up * DOWN)
+    return x * r if x >= ZERO else held * up * r * DOWN
+
+
+def _silu_slope_wide(x):
+    held = max(-800.0, min(x, 800.0)) if x == x else x
+    s = sigmoid(held)
+    return s * (1.0 + held * sigmoid(-held))
+
+
+@device.narrow(wide=_silu_slope_wide)
+def silu_slope(x):
+    """Derivative of :func:`silu`, s (1 + x (1 - s)); 1 and -0.0 at the infinities."""
+    held = -FAR if x < -FAR else x
+    held = FAR if held > FAR else held
+    up = _exp_up(-abs(held), ZERO)
+    e = up * DOWN
+    r = ONE / (ONE + e)
+    right = r * (ONE + held * (e * r))  # 1 - s is e r here: subtracting would lose it
+    left = up * r * (ONE + held * r) * DOWN
+    return right if x >= ZERO else left
 
 
 def _tanh_wide(x):
@@ -132,14 +206,13 @@ def _tanh_wide(x):
 
 @device.narrow(wide=_tanh_wide)
 def tanh(x):
-    """Hyperbolic tangent; at most 3 ulp."""
+    """Hyperbolic tangent; at most 3 ulp.  Keeps the sign of zero."""
     size = abs(x)
     z = x * x
-    small = x + x * z * (T1 + z * (T2 + z * (T3 + z * T4)))
+    small = size + size * z * (T1 + z * (T2 + z * (T3 + z * T4)))
     e = exp(-TWO * size)
     large = (ONE - e) / (ONE + e)
-    large = large if x >= ZERO else -large
-    return small if size < TANH_SMALL else large
+    return _with_sign(small if size < TANH_SMALL else large, x)
 
 
 def _order_wide(x):
@@ -217,3 +290,86 @@ def erf(x):
     large = ONE - exp(far - size)
     large = large if x >= ZERO else -large
     return small if size < ERF_SMALL else large
+
+
+def _gelu_wide(x):
+    return 0.5 * x * math.erfc(-x * math.sqrt(0.5)) if x > -40.0 or x != x else -0.0
+
+
+@device.narrow(wide=_gelu_wide)
+def gelu(x):
+    """``x Φ(x)``; at most 6 ulp, the left tail included.  gelu(-inf) = -0.0."""
+    t = abs(x)
+    t = M_END if t > M_END else t
+    up, mills = _normal_tail(t)
+    return x * (ONE - up * DOWN * mills) if x >= ZERO else -(t * mills * up) * DOWN
+
+
+def _gelu_slope_wide(x):
+    held = max(-40.0, min(x, 40.0)) if x == x else x
+    density = math.exp(-0.5 * held * held) / math.sqrt(2 * math.pi)
+    return 0.5 * math.erfc(-held * math.sqrt(0.5)) + held * density
+
+
+@device.narrow(wide=_gelu_slope_wide)
+def gelu_slope(x):
+    """Derivative of :func:`gelu`, Φ(x) + x φ(x); 1 and -0.0 at the infinities."""
+    t = abs(x)
+    t = M_END if t > M_END else t
+    up, mills = _normal_tail(t)
+    part = mills - t * DENSITY
+    return ONE - up * DOWN * part if x >= ZERO else up * part * DOWN
+
+
+@device
+def _normal_tail(t):
+    """(2**64 e**(-t²/2), Φ(-t) e**(t²/2)) for t in [0, 15], float32."""
+    upper = np.int32(np.float32(t).view(np.int32) & UPPER).view(np.float32)  # its square is exact
+    up = _exp_up(-HALF * upper * upper, -HALF * (t - upper) * (t + upper))
+    u = ONE / (ONE + M_RATE * t)
+    v = u - M
+    tail = M4 + v * (M5 + v * (M6 + v * (M7 + v * (M8 + v * M9))))
+    return up, u * (M0 + v * (M1 + v * (M2 + v * (M3 + v * tail))))
+
+
+def _gelu_tanh_wide(x):
+    held = max(-30.0, min(x, 30.0)) if x == x else x
+    argument = 2 * math.sqrt(2 / math.pi) * held * (1.0 + 0.044715 * held * held)
+    return x * sigmoid(argument) if x > -30.0 or x != x else -0.0
+
+
+@device.narrow(wide=_gelu_tanh_wide)
+def gelu_tanh(x):
+    """``x sigmoid(2u)``, u = sqrt(2/π) (x + 0.044715 x³).  -0.0 at -inf.
+
+    Left of zero the rounding of u counts |2u| times: 4 ulp at -1, some 100 where the value is below 1e-30.
+    """
+    held = -G_END if x < -G_END else x
+    size = abs(held)
+    size = G_END if size > G_END else size
+    up = _exp_up(-(G_RATE * size * (ONE + G_CUBIC * size * size)), ZERO)
+    r = ONE / (ONE + up * DOWN)
+    return x * r if x >= ZERO else held * up * r * DOWN
+
+
+def _gelu_tanh_slope_wide(x):
+    held = max(-30.0, min(x, 30.0)) if x == x else x
+    rate = 2 * math.sqrt(2 / math.pi)
+    argument = rate * held * (1.0 + 0.044715 * held * held)
+    slope = rate * (1.0 + 3 * 0.044715 * held * held)
+    return sigmoid(argument) * (1.0 + held * sigmoid(-argument) * slope)
+
+
+@device.narrow(wide=_gelu_tanh_slope_wide)
+def gelu_tanh_slope(x):
+    """Derivative of :func:`gelu_tanh`; 1 and -0.0 at the infinities."""
+    held = -G_END if x < -G_END else x
+    held = G_END if held > G_END else held
+    square = held * held
+    up = _exp_up(-(G_RATE * abs(held) * (ONE + G_CUBIC * square)), ZERO)
+    e = up * DOWN
+    r = ONE / (ONE + e)
+    slope = G_RATE * (ONE + np.float32(3) * G_CUBIC * square)
+    right = r * (ONE + held * (e * r) * slope)
+    left = up * r * (ONE + held * r * slope) * DOWN
+    return right if x >= ZERO else left
