@@ -8,9 +8,13 @@ from xuracore.nn import Module, init
 from xuramamba.mamba1 import Mamba1, Mamba1Config
 from xuramamba.mamba2 import Mamba2, Mamba2Config
 from xuramamba.mamba3 import Mamba3, Mamba3Config
+from xuramamba.s4 import S4, S4Config
+from xuramamba.s4d import S4D, S4DConfig
 
-MIXERS = {"mamba1": Mamba1, "mamba2": Mamba2, "mamba3": Mamba3}
-MIXER_CONFIGS = {"mamba1": Mamba1Config, "mamba2": Mamba2Config, "mamba3": Mamba3Config}
+MIXERS = {"s4": S4, "s4d": S4D, "mamba1": Mamba1, "mamba2": Mamba2, "mamba3": Mamba3}
+MIXER_CONFIGS = {
+    "s4": S4Config, "s4d": S4DConfig, "mamba1": Mamba1Config, "mamba2": Mamba2Config, "mamba3": Mamba3Config,
+}  # fmt: skip
 
 
 class GatedMLP(Module):

@@ -7,9 +7,9 @@ import numpy as np
 
 from xuracore.autograd import no_grad
 from xuracore.errors import ConfigError, ShapeError
-from xuracore.tensor import Tensor
 from xuramamba.decode import decoder_of
 from xuramamba.sampling import check_options, choose, penalize_repetition
+from xuramamba.state import select, stack
 
 PREFILL_CHUNK = 1024  # tokens of a prompt that are read at once: bounds memory, whatever its length
 
@@ -127,7 +127,7 @@ class _Run:
             order += members
         back = np.argsort(order)
         self.logits = np.concatenate([logits for logits, _ in parts])[back]
-        self.state = select(concatenate([state for _, state in parts]), back) if len(parts) > 1 else parts[0][1]
+        self.state = select(stack(state for _, state in parts), back) if len(parts) > 1 else parts[0][1]
 
     # ------------------------------------------------------------------ steps
     def decode(self, most, least, options, rng, penalty, stream):
@@ -202,24 +202,6 @@ class _Run:
         waiting = [*self.finished, *(self.active.tolist() if self.unread else ())]
         if waiting:
             last = np.array([[self.new[row][-1]] for row in waiting])
-            _, after = self.model.backbone(last, concatenate([states[row] for row in waiting]))
+            _, after = self.model.backbone(last, stack(states[row] for row in waiting))
             states |= {row: select(after, [place]) for place, row in enumerate(waiting)}
-        return concatenate([states[row] for row in range(len(self.rows))])
-
-
-def select(state, rows):
-    """The rows of a state along the batch, in this order; states are nested tuples of Tensors."""
-    if isinstance(state, Tensor):
-        return Tensor(state.data[np.asarray(rows, np.intp)])
-    return _like(state, [select(part, rows) for part in state])
-
-
-def concatenate(states):
-    """States of several batches as one."""
-    if isinstance(states[0], Tensor):
-        return Tensor(np.concatenate([state.data for state in states]))
-    return _like(states[0], [concatenate(parts) for parts in zip(*states)])
-
-
-def _like(state, parts):
-    return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+        return stack(states[row] for row in range(len(self.rows)))

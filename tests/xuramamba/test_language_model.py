@@ -139,3 +139,37 @@ def test_results_do_not_depend_on_whether_a_tape_is_kept(name):
     with xc.no_grad():
         plain, _ = model(ids)
     np.testing.assert_array_equal(plain.numpy(), taped.numpy())
+
+
+def test_every_kind_of_layer_lives_in_one_model(tmp_path):
+    fields = {"s4": {"d_state": 4}, "s4d": {"d_state": 4}, "mamba1": {"d_state": 3}}
+    fields |= {"mamba2": {"d_state": 4, "headdim": 8}, "mamba3": {"d_state": 4, "headdim": 4}}
+    config = LanguageModelConfig(13, 8, 5, layer_types=tuple(fields), mixer_fields=fields, d_intermediate=5)
+    model, ids = LanguageModel(config, rng=np.random.default_rng(0)), tokens()
+    with xc.no_grad():
+        whole, _ = model(ids)
+        state, pieces = model.initial_state(2), []
+        for start, end in ((0, 3), (3, 4), (4, 7)):
+            logits, state = model(ids[:, start:end], state)
+            pieces.append(logits.numpy())
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole.numpy(), atol=1e-5)
+    model.save_pretrained(tmp_path)
+    again = LanguageModel.from_pretrained(tmp_path)
+    with xc.no_grad():
+        np.testing.assert_array_equal(again(ids)[0].numpy(), whole.numpy())
+    out = model.generate([[1, 2], [3, 4, 5]], 4)
+    np.testing.assert_array_equal(out[1], model.generate([[3, 4, 5]], 4)[0])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_and_padded_rows_are_the_rows_alone(name):
+    model, rng = build(name), np.random.default_rng(3)
+    rows = [rng.integers(0, 13, length) for length in (3, 1, 5)]
+    with xc.no_grad():
+        alone = [model(row[None])[0].numpy()[0] for row in rows]
+        packed = model(np.concatenate(rows)[None], cu_seqlens=np.array([0, 3, 4, 9]))[0].numpy()[0]
+        padded = np.stack([np.pad(row, (5 - len(row), 0)) for row in rows])
+        mask = np.arange(5) >= 5 - np.array([[3], [1], [5]])
+        left = model(padded, mask=mask)[0].numpy()
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=1e-5)
+    np.testing.assert_allclose(left[mask], np.concatenate(alone), atol=1e-5)
