@@ -194,7 +194,10 @@ def _one_output(record, places):
                 if isinstance(value, Tensor):
                     inputs, attributes = _by_position(places, inputs, attributes)
                     break
-        arrays, nodes = _arrays(inputs, weak)
+        if len(inputs) == 1 and isinstance(inputs[0], Tensor):  # nothing to bring to one type
+            arrays, nodes = (inputs[0].data,), (inputs[0].node,)
+        else:
+            arrays, nodes = _arrays(inputs, weak)
         data, saved = record.forward(*arrays, **attributes)
         if nodes is None:
             return data
