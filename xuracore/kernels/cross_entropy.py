@@ -4,7 +4,7 @@
     dx_i = grad_i (softmax(x_i) - (1-ε) onehot(target_i) - ε / classes)
 
 Rows whose target is ``ignore_index`` have loss and gradient zero.  The sums that make the loss are
-float64 whatever the logits are.  As in :mod:`xuracore.kernels.softmax` the row maximum is given.
+float64 whatever the logits are, but for runs of RUN neighbours, which are summed in the logits' own type.
 Arrays are C-contiguous; outputs are allocated by the caller.
 """
 
@@ -13,14 +13,17 @@ import math
 import numpy as np
 
 from xuracore.jit import REDUCE, kernel, prange
-from xuracore.kernels.fastmath import exp
+from xuracore.kernels.fastmath import exp, order, unorder
+
+RUN = 256
 
 
 def cross_entropy_forward_numpy(logits, target, maximum, ignore_index, smoothing, loss, log_sum):
-    """loss and log_sum (rows,) float64, log_sum = z - maximum.
+    """loss and log_sum (rows,) float64, log_sum = z - maximum; maximum (rows,) of each row is put out too.
 
-    logits (rows, classes), target (rows,) int64 in range or ignore_index, maximum (rows,).
+    logits (rows, classes), target (rows,) int64 in range or ignore_index.
     """
+    maximum[...] = logits.max(axis=1)
     shifted = np.subtract(logits, maximum[:, None], dtype=np.float64)
     log_sum[...] = np.log(np.sum(np.exp(shifted), axis=1))
     keep = target != ignore_index
@@ -32,11 +35,21 @@ def cross_entropy_forward_numpy(logits, target, maximum, ignore_index, smoothing
 @kernel(twin=cross_entropy_forward_numpy, parallel=True, fastmath=REDUCE)
 def cross_entropy_forward(logits, target, maximum, ignore_index, smoothing, loss, log_sum):
     rows, classes = logits.shape
+    number = logits.dtype.type
     for i in prange(rows):
-        top = maximum[i]
-        total = 0.0
+        best = order(logits[i, 0])
         for j in range(classes):
-            total += np.float64(exp(logits[i, j] - top))
+            place = order(logits[i, j])
+            best = place if place > best else best
+        top = unorder(logits[i, 0], best)
+        maximum[i] = top
+        total = 0.0
+        for run in range((classes + RUN - 1) // RUN):
+            start = run * RUN
+            part = number(0)
+            for j in range(min(RUN, classes - start)):
+                part += exp(logits[i, start + j] - top)
+            total += np.float64(part)
         log_sum[i] = math.log(total)
         if target[i] == ignore_index:
             loss[i] = 0.0

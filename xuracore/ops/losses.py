@@ -52,10 +52,12 @@ def _cross_entropy_forward(logits, target, ignore_index=-100, label_smoothing=0.
         raise IndexError(f"cross_entropy: target {index[wrong][0]} is outside the {classes} classes "
                          f"(and is not ignore_index={ignore_index})")
     seen = rows(logits)
-    top = np.max(seen, axis=1) if seen.size else np.empty(len(seen), seen.dtype)
-    loss, log_sum = np.empty(len(seen)), np.empty(len(seen))
+    loss, log_sum, top = np.empty(len(seen)), np.empty(len(seen)), np.empty(len(seen), seen.dtype)
     settings = int(ignore_index), float(label_smoothing)
-    kernels.cross_entropy_forward.sized(10 * seen.size)(seen, index, top, *settings, loss, log_sum)
+    if seen.size:
+        kernels.cross_entropy_forward.sized(10 * seen.size)(seen, index, top, *settings, loss, log_sum)
+    else:
+        loss[...] = 0  # without classes every target is ignored
     value, share = _reduce(loss.reshape(target.shape), reduction, logits.dtype, np.count_nonzero(keep))
     return value, (seen, index, top, log_sum, settings, share, logits.shape)
 

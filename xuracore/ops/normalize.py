@@ -178,14 +178,14 @@ l2_normalize = primitive(
 # ---------------------------------------------------------------------- softmax and its logarithm
 def _along(kernel, axis, cost, *arrays):
     """``kernel`` on the rows along ``axis`` of equal-shaped ``arrays``; the output in their shape."""
-    moved = [np.moveaxis(a, axis, -1) for a in arrays]
+    last = axis in (-1, arrays[0].ndim - 1)
+    moved = arrays if last else [np.moveaxis(a, axis, -1) for a in arrays]
     inputs = [rows(a) for a in moved]
     y = np.empty_like(inputs[-1])
-    if len(inputs) == 1:
-        maximum = np.max(inputs[0], axis=1) if y.size else np.empty(len(y), y.dtype)
-        inputs.append(maximum)
-    kernel.sized(cost * y.size)(*inputs, y)
-    return np.moveaxis(y.reshape(moved[0].shape), -1, axis)
+    if y.size:
+        kernel.sized(cost * y.size)(*inputs, y)
+    y = y.reshape(moved[0].shape)
+    return y if last else np.moveaxis(y, -1, axis)
 
 
 def _softmax_forward(x, axis=-1):
