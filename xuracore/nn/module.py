@@ -131,6 +131,11 @@ class Module:
                     parameter.name = name
                 yield name, parameter
 
+    def aliases(self):
+        """{further name of a tied parameter: its first name}: what a file's metadata should remember."""
+        first = {parameter: name for name, parameter in self.named_parameters()}
+        return {name: first[p] for name, p in self._all_parameters() if name != first[p]}
+
     def parameters(self):
         """Each Parameter once."""
         return (parameter for _, parameter in self.named_parameters())
@@ -157,8 +162,8 @@ class Module:
         """Copy ``state`` into the parameters and buffers.
 
         strict : every name must be there, and no other; a tied parameter may come under any of its
-            names.  Shapes must match in any case.  All differences are collected first, so nothing is
-            changed when StateDictError is raised.
+            names.  Shapes must match in any case, and integers take no fractions.  All differences are
+            collected first, so nothing is changed when StateDictError is raised.
         Returns (missing, unexpected) lists of names.
         """
         given, missing, unexpected = self.match_state_dict(state, strict)
@@ -171,7 +176,7 @@ class Module:
     def match_state_dict(self, state, strict=True):
         """({own name: value}, missing, unexpected) as ``load_state_dict`` would take ``state``; copies nothing.
 
-        Of the values only ``shape`` is looked at.  Raises StateDictError as ``load_state_dict``.
+        Of the values only ``shape`` and ``dtype`` are looked at.  Raises StateDictError as ``load_state_dict``.
         """
         own = self.state_dict()
         first = {parameter: name for name, parameter in self.named_parameters()}
@@ -186,8 +191,13 @@ class Module:
             for name in state
             if name in names and tuple(state[name].shape) != own[names[name]].shape
         ]
-        if misshapen or strict and (missing or unexpected):
-            kinds = {"wrong shape": misshapen}
+        mistyped = [
+            f"{name}: file {state[name].dtype}, model {own[names[name]].dtype}"
+            for name in state
+            if name in names and not np.can_cast(state[name].dtype, own[names[name]].dtype, "same_kind")
+        ]
+        if misshapen or mistyped or strict and (missing or unexpected):
+            kinds = {"wrong shape": misshapen, "wrong dtype": mistyped}
             if strict:
                 kinds = {"unexpected": unexpected, "missing": missing, **kinds}
             lines = [f"the state does not fit {type(self).__name__}:"]
@@ -238,11 +248,41 @@ class Module:
         return self
 
     def __repr__(self):
-        lines = [f"{type(self).__name__}({self.extra_repr()})  {self.parameter_count():,} parameters"]
-        for name, child in self.children():
-            head, *rest = repr(child).splitlines()
-            lines += [f"  ({name}): {head}"] + [f"  {line}" for line in rest]
+        lines = self._tree("", {}, self.aliases())
+        if len(lines) > 1:
+            count, trained = self.parameter_count(), self.parameter_count(trainable_only=True)
+            size = sum(array.nbytes for array in self.state_dict().values())
+            frozen = f", {count - trained:,} frozen" if trained < count else ""
+            size = f"{size / 1e6:,.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+            lines.append(f"{count:,} parameters{frozen}; {size} with buffers")
         return "\n".join(lines)
+
+    def _tree(self, path, seen, aliases):
+        """The lines of ``repr``; parameters and buffers stand alone where no ``extra_repr`` tells their shapes."""
+        count = self.parameter_count()
+        trained = self.parameter_count(trainable_only=True)
+        frozen = "" if trained == count else ", frozen" if not trained else f", {count - trained:,} frozen"
+        about = self.extra_repr()
+        lines = [f"{type(self).__name__}({about})  {count:,} parameters{frozen}"]
+        buffers = vars(self).get("_buffers", ())
+        for name, value in vars(self).items():
+            full = f"{path}.{name}" if path else name
+            if name.startswith("_"):
+                continue
+            if isinstance(value, Module):
+                if id(value) in seen:
+                    lines.append(f"  ({name}): the same as {seen[id(value)]}")
+                    continue
+                seen[id(value)] = full
+                head, *rest = value._tree(full, seen, aliases)
+                lines += [f"  ({name}): {head}"] + [f"  {line}" for line in rest]
+            elif isinstance(value, Parameter) and full in aliases:
+                lines.append(f"  {name}: tied to {aliases[full]}")
+            elif isinstance(value, Parameter) and not about:
+                lines.append(f"  {name}: {value.shape}" + ("" if value.requires_grad else ", frozen"))
+            elif name in buffers:
+                lines.append(f"  {name}: buffer {value.shape} {value.dtype}")
+        return lines
 
     def extra_repr(self):
         """What stands between the brackets in ``repr``."""
