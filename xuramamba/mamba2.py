@@ -146,6 +146,8 @@ class Mamba2(Module):
             raise ShapeError(f"Mamba2: x has shape {x.shape}; expected (B, L, {c.d_model})")
         if mask is not None:
             return packed.without_padding(self, x, state, mask, cu_seqlens)
+        if lengths := packed.pieces(x, cu_seqlens):
+            return packed.piecewise(self, x, state, lengths)
         batch, length, _ = x.shape
         projected, beside = self.in_proj(x), None
         if c.d_mlp:

@@ -207,6 +207,8 @@ class Mamba3(Module):
             raise ShapeError(f"Mamba3: x has shape {x.shape}; expected (B, L, {c.d_model})")
         if mask is not None:
             return packed.without_padding(self, x, state, mask, cu_seqlens)
+        if lengths := packed.pieces(x, cu_seqlens):
+            return packed.piecewise(self, x, state, lengths)
         batch, length, _ = x.shape
         z, v, k, q, step, forget, trap, angles = ops.unpack_8(self.in_proj(x), sizes=self._row_counts())
         carried, conv = tuple(state or ())[:4], None

@@ -1,4 +1,4 @@
-"""Packed sequences: several one behind the other in one row, and padded batches brought to that form.
+"""Packed sequences: several one behind the other in one row, padded batches brought to that form, long ones cut.
 
 A padded batch is run as the packed row of its real tokens, so that padding costs nothing, wherever it
 stands, and cannot be seen: left, right or between.
@@ -7,8 +7,35 @@ stands, and cannot be seen: left, right or between.
 import numpy as np
 
 from xuracore import ops
+from xuracore.autograd import is_grad_enabled
 from xuracore.errors import ShapeError
 from xuracore.tensor import Tensor
+
+
+PIECE = 2048  # tokens of all rows that a mixer takes at once without a tape
+
+
+def pieces(x, cu_seqlens=None):
+    """Lengths to cut x (B, L, D) into, or None to leave it whole.
+
+    Without a tape a long sequence is run piece by piece with the state carried on: arrays of tens of megabytes
+    come fresh from the system at each op, and writing to new pages costs more than the arithmetic.
+    """
+    if cu_seqlens is not None or is_grad_enabled():
+        return None
+    step = max(64, PIECE // max(1, len(x)) // 64 * 64)
+    length = x.shape[1]
+    return None if length <= step else [min(step, length - start) for start in range(0, length, step)]
+
+
+def piecewise(mixer, x, state, lengths):
+    """``mixer(x, state)`` over consecutive pieces of x."""
+    y, start = np.empty(x.shape, x.dtype), 0
+    for length in lengths:
+        part, state = mixer(x[:, start : start + length], state)
+        y[:, start : start + length] = part.data
+        start += length
+    return Tensor(y), state
 
 
 class Padding:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import xuracore as xc
+import xuramamba
 from xuracore.errors import ConfigError, ShapeError
 from xuramamba import Mamba2, Mamba2Config
 
@@ -133,6 +134,17 @@ def test_rows_of_different_lengths_are_what_they_are_alone():
         close_states([part[b : b + 1] for part in state], last)
     close_states([part[1] for part in state], [part[1] for part in start])
     close(run(mixer, x, mask=np.ones((3, 7), bool))[0], run(mixer, x)[0], 0)
+
+
+@pytest.mark.parametrize("kind", ["Mamba2", "Mamba3"])
+def test_a_long_sequence_without_a_tape_is_what_it_is_with_one(kind):
+    mixer = getattr(xuramamba, kind)(8, d_state=4, headdim=4).to_dtype(np.float64)
+    x = xc.Tensor(sequence(length=1100))
+    y, state = mixer(x)
+    with xc.no_grad():
+        piecewise, last = mixer(x)
+    close(piecewise.numpy(), y.numpy())
+    close_states(last, state)
 
 
 @pytest.mark.parametrize("carried", [False, True])
