@@ -86,11 +86,13 @@ def _fill(model, state, dtype):
     """Read the tensors of ``state`` into a blank model, which then has matrices of ``dtype``."""
     if dtype == "float64":
         model.to_dtype(np.float64)
+    own = model.state_dict()
+    for name in state.keys() & own.keys():
+        state[name].as_bits = own[name].dtype.kind != "f"
     given, _, _ = model.match_state_dict(state)
     if dtype in ("float32", "float64", width_of(model)):
-        own = model.state_dict()
         for name, stored in given.items():
-            own[name][...] = stored.read(as_bits=own[name].dtype.kind != "f")
+            own[name][...] = stored.read()
         return
     first = {parameter: name for name, parameter in model.named_parameters()}
 
@@ -175,11 +177,20 @@ class _Stored:
 
     def __init__(self, file, name):
         self.file, self.name, self.shape = file, name, file.shape(name)
+        self.as_bits = False  # part of a quantised matrix
 
-    def read(self, as_bits=False):
+    @property
+    def dtype(self):
+        """The dtype that :meth:`read` gives."""
+        kind = self.file.dtype(self.name)
+        if kind == "BF16" and self.as_bits:
+            return np.dtype(np.uint16)
+        return np.dtype({"F64": "f8", "I8": "i1", "I16": "i2", "I32": "i4", "I64": "i8", "U8": "u1"}.get(kind, "f4"))
+
+    def read(self):
         """Its numbers, floating point and finite, or the whole numbers of a quantised matrix."""
-        array = self.file.read(self.name, "bits" if as_bits else "float32")
-        if as_bits:
+        array = self.file.read(self.name, "bits" if self.as_bits else "float32")
+        if self.as_bits:
             return array
         if array.dtype.kind != "f":
             raise FormatError(f"holds {array.dtype} numbers; expected floating point", self.file.path, self.name)
