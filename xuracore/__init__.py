@@ -9,6 +9,7 @@
 
 from xuracore import io, nn, ops
 from xuracore._version import __version__
+from xuracore.allocator import keep_freed_memory
 from xuracore.anomaly import detect_anomaly
 from xuracore.autograd import enable_grad, grad, is_grad_enabled, no_grad, value_and_grad
 from xuracore.blas import widen as widen_blas
@@ -25,6 +26,7 @@ __all__ = [
     "__version__",
 ]
 
+keep_freed_memory()
 widen_blas()
 hold_blas_to_default()
-del hold_blas_to_default, widen_blas
+del hold_blas_to_default, keep_freed_memory, widen_blas
