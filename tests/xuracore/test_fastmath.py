@@ -19,7 +19,7 @@ erf, gelu, gelu_slope = fastmath.erf, fastmath.gelu, fastmath.gelu_slope
 gelu_tanh, gelu_tanh_slope, silu_slope = fastmath.gelu_tanh, fastmath.gelu_tanh_slope, fastmath.silu_slope
 exp, log1p_unit, log, softplus = fastmath.exp, fastmath.log1p_unit, fastmath.log, fastmath.softplus
 sigmoid, silu, tanh = fastmath.sigmoid, fastmath.silu, fastmath.tanh
-wrap_angle, cosine_sine = fastmath.wrap_angle, fastmath.cosine_sine
+wrap_angle, cosine_sine, exp2 = fastmath.wrap_angle, fastmath.cosine_sine, fastmath.exp2
 
 
 def _apply_numpy(x, out):
@@ -27,6 +27,7 @@ def _apply_numpy(x, out):
         for i, function in enumerate((exp, log1p_unit, log, softplus, sigmoid, silu, tanh, wrap_angle)):
             out[i] = [function(value) for value in (abs(x) if function in (log, log1p_unit) else x)]
         out[8], out[9] = np.transpose([cosine_sine(value) for value in x])
+        out[10] = [exp2(value) for value in x]
 
 
 @kernel(twin=_apply_numpy)
@@ -41,9 +42,10 @@ def _apply(x, out):
         out[6, i] = tanh(x[i])
         out[7, i] = wrap_angle(x[i])
         out[8, i], out[9, i] = cosine_sine(x[i])
+        out[10, i] = exp2(x[i])
 
 
-ROWS = {"exp": 0, "log1p_unit": 1, "log": 2, "softplus": 3, "sigmoid": 4, "silu": 5, "tanh": 6}
+ROWS = {"exp": 0, "log1p_unit": 1, "log": 2, "softplus": 3, "sigmoid": 4, "silu": 5, "tanh": 6, "exp2": 10}
 
 
 def _sigmoid(x):
@@ -58,11 +60,12 @@ REFERENCE = {
     "sigmoid": _sigmoid,
     "silu": lambda x: x * _sigmoid(x),
     "tanh": np.tanh,
+    "exp2": np.exp2,
 }
 
 
 def _run(x):
-    out = np.empty((10, x.size), x.dtype)
+    out = np.empty((11, x.size), x.dtype)
     _apply(x, out)
     return out
 
@@ -71,6 +74,7 @@ def _run(x):
     "name, low, high, ulp",
     [
         ("exp", -87.3, 88.3, 1.1),
+        ("exp2", -125.9, 127.4, 2.0),
         ("log1p_unit", 0, 1, 2.0),
         ("log", 1e-30, 1e30, 2.0),
         ("softplus", -87, 100, 3.0),

@@ -20,11 +20,14 @@ Every ``block`` tokens of a sequence the forward pass stores the state as ``(N, 
 ``rows[s]`` on; the backward pass recomputes one block at a time.
 """
 
+import math
+
 import numpy as np
 
 from xuracore.jit import REDUCE, kernel
-from xuracore.kernels.fastmath import exp, sigmoid, softplus
+from xuracore.kernels.fastmath import exp2, sigmoid, softplus
 
+ONE_OVER_LN2 = 1 / math.log(2)  # exp(x) = 2**(x / ln 2)
 CHANNELS = 128  # of a task: wide enough to hide the loop over n, few enough that small models give several
 
 
@@ -125,7 +128,7 @@ def selective_scan_forward(
     groups, size = b.shape[1], b.shape[2]
     per_group = channels // groups
     cuts = (per_group + CHANNELS - 1) // CHANNELS
-    gated = z.size > 0
+    gated, to_binary = z.size > 0, u.dtype.type(ONE_OVER_LN2)
     state, rate = np.empty((size, CHANNELS), u.dtype), np.empty((size, CHANNELS), u.dtype)
     step, push = np.empty(CHANNELS, u.dtype), np.empty(CHANNELS, u.dtype)
     out = np.empty(CHANNELS, u.dtype)
@@ -133,38 +136,42 @@ def selective_scan_forward(
         s, g, cut = task // (groups * cuts), task // cuts % groups, task % cuts
         first = g * per_group + cut * CHANNELS
         width = min(CHANNELS, per_group - cut * CHANNELS)
+        last = first + width  # slices, for an index ``first + w`` may be negative to the compiler: no vector code
+        shift, through = bias[first:last], skip[first:last]
         for n in range(size):
             for w in range(width):
                 state[n, w] = h_0[s, first + w, n]
-                rate[n, w] = a[first + w, n]
+                rate[n, w] = a[first + w, n] * to_binary
         opening = edges[s]
         for t in range(opening, edges[s + 1]):
             if (t - opening) % block == 0:
                 row = rows[s] + (t - opening) // block
                 for n in range(size):
+                    kept = saved[row, n, first:last]
                     for w in range(width):
-                        saved[row, n, first + w] = state[n, w]
+                        kept[w] = state[n, w]
+            drive, ticks, made = u[t, first:last], raw[t, first:last], y[t, first:last]
             for w in range(width):
-                x = raw[t, first + w] + bias[first + w]
+                x = ticks[w] + shift[w]
                 x = softplus(x) if soft else x
                 x = low if x < low else x
                 x = high if x > high else x
                 step[w] = x
-                push[w] = x * u[t, first + w]
-                out[w] = skip[first + w] * u[t, first + w]
+                push[w] = x * drive[w]
+                out[w] = through[w] * drive[w]
             for n in range(size):
-                enter, leave = b[t, g, n], c[t, g, n]
+                enter, leave, now, speed = b[t, g, n], c[t, g, n], state[n], rate[n]
                 for w in range(width):
-                    h = exp(step[w] * rate[n, w]) * state[n, w] + enter * push[w]
-                    state[n, w] = h
+                    h = exp2(step[w] * speed[w]) * now[w] + enter * push[w]
+                    now[w] = h
                     out[w] += leave * h
             if gated:
+                gate = z[t, first:last]
                 for w in range(width):
-                    x = z[t, first + w]
-                    y[t, first + w] = out[w] * (x * sigmoid(x))
+                    made[w] = out[w] * (gate[w] * sigmoid(gate[w]))
             else:
                 for w in range(width):
-                    y[t, first + w] = out[w]
+                    made[w] = out[w]
         for n in range(size):
             for w in range(width):
                 h_last[s, first + w, n] = state[n, w]
@@ -184,7 +191,7 @@ def selective_scan_backward(
     groups, size = b.shape[1], b.shape[2]
     per_group = channels // groups
     cuts = (per_group + CHANNELS - 1) // CHANNELS
-    gated = z.size > 0
+    gated, to_binary = z.size > 0, u.dtype.type(ONE_OVER_LN2)
     zero, one = u.dtype.type(0), u.dtype.type(1)
     state, rate = np.empty((size, CHANNELS), u.dtype), np.empty((size, CHANNELS), u.dtype)
     grad, drate = np.empty((size, CHANNELS), u.dtype), np.empty((size, CHANNELS), u.dtype)
@@ -196,82 +203,92 @@ def selective_scan_backward(
         s, g, cut = task // (groups * cuts), task // cuts % groups, task % cuts
         first = g * per_group + cut * CHANNELS
         width = min(CHANNELS, per_group - cut * CHANNELS)
+        last = first + width
+        shift, through, to_shift, to_through = (
+            bias[first:last], skip[first:last], gbias[s, first:last], gskip[s, first:last]
+        )  # fmt: skip
         for n in range(size):
             for w in range(width):
                 grad[n, w] = gh_last[s, first + w, n]
                 rate[n, w] = a[first + w, n]
                 drate[n, w] = zero
         for w in range(width):
-            gskip[s, first + w] = zero
-            gbias[s, first + w] = zero
+            to_through[w] = zero
+            to_shift[w] = zero
         blocks = (edges[s + 1] - edges[s] + block - 1) // block
         for done in range(blocks):
             index = blocks - 1 - done
             opening = edges[s] + index * block
             closing = min(opening + block, edges[s + 1])
             for n in range(size):
+                kept = saved[rows[s] + index, n, first:last]
                 for w in range(width):
-                    state[n, w] = saved[rows[s] + index, n, first + w]
+                    state[n, w] = kept[w]
             for t in range(opening, closing):
                 o = t - opening
+                drive, ticks, step, total = u[t, first:last], raw[t, first:last], steps[o], inner[o]
                 for w in range(width):
-                    x = raw[t, first + w] + bias[first + w]
+                    x = ticks[w] + shift[w]
                     x = softplus(x) if soft else x
                     x = low if x < low else x
                     x = high if x > high else x
-                    steps[o, w] = x
-                    push[w] = x * u[t, first + w]
-                    inner[o, w] = skip[first + w] * u[t, first + w]
+                    step[w] = x
+                    push[w] = x * drive[w]
+                    total[w] = through[w] * drive[w]
                 for n in range(size):
-                    enter, leave = b[t, g, n], c[t, g, n]
+                    enter, leave, now, speed = b[t, g, n], c[t, g, n], state[n], rate[n]
+                    keep, kept = keeps[o, n], kepts[o, n]
                     for w in range(width):
-                        keep = exp(steps[o, w] * rate[n, w])
-                        kept = keep * state[n, w]
-                        keeps[o, n, w] = keep
-                        kepts[o, n, w] = kept
-                        h = kept + enter * push[w]
-                        state[n, w] = h
-                        inner[o, w] += leave * h
+                        stay = exp2(step[w] * (speed[w] * to_binary))
+                        old = stay * now[w]
+                        keep[w] = stay
+                        kept[w] = old
+                        h = old + enter * push[w]
+                        now[w] = h
+                        total[w] += leave * h
             for back in range(closing - opening):
                 t = closing - 1 - back
                 o = t - opening
-                for w in range(width):
-                    out = gy[t, first + w]
-                    if gated:
-                        x = z[t, first + w]
+                drive, ticks, step, total = u[t, first:last], raw[t, first:last], steps[o], inner[o]
+                above, to_drive, to_ticks = gy[t, first:last], gu[t, first:last], graw[t, first:last]
+                if gated:
+                    gates, to_gates = z[t, first:last], gz[t, first:last]
+                    for w in range(width):
+                        x, out = gates[w], above[w]
                         gate = sigmoid(x)
-                        gz[t, first + w] = out * inner[o, w] * gate * (one + x * (one - gate))
-                        out = out * x * gate
-                    dy[w] = out
-                    gskip[s, first + w] += out * u[t, first + w]
-                    push[w] = steps[o, w] * u[t, first + w]
+                        to_gates[w] = out * total[w] * gate * (one + x * (one - gate))
+                        dy[w] = out * x * gate
+                else:
+                    for w in range(width):
+                        dy[w] = above[w]
+                for w in range(width):
+                    to_through[w] += dy[w] * drive[w]
+                    push[w] = step[w] * drive[w]
                     dstep[w] = zero
                     dpush[w] = zero
                 for n in range(size):
-                    enter, leave = b[t, g, n], c[t, g, n]
+                    enter, leave, now, speed = b[t, g, n], c[t, g, n], grad[n], rate[n]
+                    keep, kept, to_speed = keeps[o, n], kepts[o, n], drate[n]
                     denter, dleave = zero, zero
                     for w in range(width):
-                        kept = kepts[o, n, w]
-                        x = grad[n, w] + leave * dy[w]
-                        dleave += dy[w] * (kept + enter * push[w])
+                        x = now[w] + leave * dy[w]
+                        dleave += dy[w] * (kept[w] + enter * push[w])
                         denter += x * push[w]
                         dpush[w] += x * enter
-                        q = x * kept
-                        dstep[w] += q * rate[n, w]
-                        drate[n, w] += q * steps[o, w]
-                        grad[n, w] = x * keeps[o, n, w]
+                        q = x * kept[w]
+                        dstep[w] += q * speed[w]
+                        to_speed[w] += q * step[w]
+                        now[w] = x * keep[w]
                     gb[cut, t, g, n] = denter
                     gc[cut, t, g, n] = dleave
                 for w in range(width):
-                    x = u[t, first + w]
-                    gu[t, first + w] = skip[first + w] * dy[w] + dpush[w] * steps[o, w]
-                    total = dstep[w] + dpush[w] * x
-                    if soft:
-                        total *= sigmoid(raw[t, first + w] + bias[first + w])
-                    outside = steps[o, w] <= low or steps[o, w] >= high
-                    total = zero if outside else total
-                    graw[t, first + w] = total
-                    gbias[s, first + w] += total
+                    to_drive[w] = through[w] * dy[w] + dpush[w] * step[w]
+                    x = dstep[w] + dpush[w] * drive[w]
+                    x = x * sigmoid(ticks[w] + shift[w]) if soft else x
+                    outside = step[w] <= low or step[w] >= high
+                    x = zero if outside else x
+                    to_ticks[w] = x
+                    to_shift[w] += x
         for n in range(size):
             for w in range(width):
                 ga[s, n, first + w] = drate[n, w]
