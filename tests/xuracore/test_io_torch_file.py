@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from xuracore.errors import ConfigError, FormatError
-from xuracore.io import torch_file
+from xuracore.io import torch_file, torch_pickle
 from xuracore.io.torch_file import open_torch_file
 
 
@@ -108,9 +108,9 @@ def test_every_opcode_that_torch_writes_is_followed(tmp_path, memoized):
     np.testing.assert_array_equal(load(path)["w"], VALUES.reshape(2, 3))
 
 
-@pytest.mark.parametrize("kind", torch_file._STORAGES)
+@pytest.mark.parametrize("kind", torch_pickle.STORAGES)
 def test_every_type_of_storage_is_read(tmp_path, kind):
-    format_dtype, element = torch_file._STORAGES[kind]
+    format_dtype, element = torch_pickle.STORAGES[kind]
     values = np.array([0, 1, 1, 0, 1, 0]).astype("<f4" if kind == "BFloat16Storage" else element)
     raw = (values.view(np.uint32) >> 16).astype("<u2") if kind == "BFloat16Storage" else values
     path = archive(tmp_path / "f", program(("w", tensor(storage(kind)))), {"0": raw.tobytes()})
@@ -216,7 +216,7 @@ def test_the_offset_of_what_is_refused_is_named(tmp_path):
 
 def test_a_bomb_of_references_and_of_depth_takes_no_time_and_no_memory(tmp_path):
     doubled = b")" + b"".join(b"\x94h" + bytes([i]) + b"\x86" for i in range(200))  # 2²⁰⁰ in full
-    deep = b")" + b"\x85" * 300_000
+    deep = b")" + b"\x85" * 100_000
     itself = b"}\x94" + text("a") + b"h\x00s"
     for value in (doubled, deep, itself):
         with pytest.raises(FormatError, match="is not a tensor"):
@@ -224,7 +224,7 @@ def test_a_bomb_of_references_and_of_depth_takes_no_time_and_no_memory(tmp_path)
 
 
 def test_the_number_of_instructions_is_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch_file, "MAXIMUM_INSTRUCTIONS", 100)
+    monkeypatch.setattr(torch_pickle, "MAXIMUM_INSTRUCTIONS", 100)
     with pytest.raises(FormatError, match="more than 100 instructions"):
         open_torch_file(archive(tmp_path / "f", b"}" * 1000 + b"."))
 
@@ -318,6 +318,6 @@ def test_no_change_of_bytes_gives_anything_but_the_file_or_a_format_error(tmp_pa
 @given(st.binary(max_size=60))
 def test_no_pickle_gives_anything_but_tensors_or_a_format_error(pickle):
     try:
-        assert all(map(str, torch_file._tensors(pickle, "f", "data.pkl")))
+        assert all(map(str, torch_pickle.tensors_of(pickle, "f", "data.pkl")))
     except FormatError:
         pass
