@@ -68,8 +68,8 @@ def ssd_chunk(
     rank = rows // tokens
     number = q.dtype.type
     zero = number(0)
-    c = np.empty(tokens, np.float64)
-    weight = np.empty(rows, q.dtype)
+    c, s = np.empty(tokens, np.float64), np.empty(tokens, q.dtype)
+    weight, rise = np.empty(rows, q.dtype), np.empty(tokens, q.dtype)
     for u in range(a.shape[0]):
         h = head + u
         slot = u if each > 1 else 0
@@ -78,12 +78,18 @@ def ssd_chunk(
         for i in range(tokens):
             running += np.float64(log_decay[b, start + i, h])
             c[i] = running
+            s[i] = gain[b, start + i, h]
         for i in range(tokens):
-            near = exp(number(c[i]))
+            near, now = exp(number(c[i])), c[i]
             for j in range(i):
-                rise = exp(number(min(c[i] - c[j], 0.0))) * gain[b, start + j, h]
-                for r in range(rank):
-                    weight[j * rank + r] = rise
+                rise[j] = exp(number(min(now - c[j], 0.0))) * s[j]
+            if rank == 1:
+                for j in range(i):
+                    weight[j] = rise[j]
+            else:
+                for j in range(i):
+                    for r in range(rank):
+                        weight[j * rank + r] = rise[j]
             for r in range(rank):
                 row = i * rank + r
                 source, target, out, score = q[slot, row], a[u, row], a[u, row, size:], scores[row]
@@ -98,7 +104,7 @@ def ssd_chunk(
                     out[j] = zero
         total[u] = exp(number(c[tokens - 1]))
         for i in range(tokens):
-            w = exp(number(min(c[tokens - 1] - c[i], 0.0))) * gain[b, start + i, h]
+            w = exp(number(min(c[tokens - 1] - c[i], 0.0))) * s[i]
             for r in range(rank):
                 row = i * rank + r
                 source, low, scaled = v[b, start * rank + row, h], x[u, size + row], entering[u, row]
@@ -163,7 +169,7 @@ def ssd_chunk_gradient(
     zero = number(0)
     rows = products.shape[1]
     rank = rows // tokens
-    c = np.empty(tokens, np.float64)
+    c, s, rise = np.empty(tokens, np.float64), np.empty(tokens, v.dtype), np.empty(tokens, v.dtype)
     weight, flow = np.empty(rows, v.dtype), np.empty(tokens, v.dtype)
     dlog, dgain = np.empty(tokens, v.dtype), np.empty(tokens, v.dtype)
     out, into = np.empty(tokens, v.dtype), np.empty(tokens, v.dtype)
@@ -177,16 +183,19 @@ def ssd_chunk_gradient(
         for i in range(tokens):
             running += np.float64(log_decay[b, start + i, h])
             c[i] = running
+            s[i] = gain[b, start + i, h]
             dlog[i] = zero
             dgain[i] = zero
         dskip = zero
         for i in range(tokens):
-            near = exp(number(c[i]))
+            near, now = exp(number(c[i])), c[i]
             for j in range(i):
-                rise = exp(number(min(c[i] - c[j], 0.0)))
-                for r in range(rank):
-                    weight[j * rank + r] = rise
+                rise[j] = exp(number(min(now - c[j], 0.0)))
                 flow[j] = zero
+            if rank > 1:
+                for j in range(i):
+                    for r in range(rank):
+                        weight[j * rank + r] = rise[j]
             down, dnear = zero, zero
             for r in range(rank):
                 row = i * rank + r
@@ -196,15 +205,15 @@ def ssd_chunk_gradient(
                         to_scores[j] = zero
                 if rank == 1:
                     for j in range(i):
-                        x_j = weight[j] * e[j]
-                        flow[j] += x_j * score[j]
-                        to_scores[j] += x_j * gain[b, start + j, h]
+                        x_j = rise[j] * e[j]
+                        flow[j] = x_j * score[j]
+                        to_scores[j] += x_j * s[j]
                 else:
                     for j in range(i):
                         for o in range(j * rank, (j + 1) * rank):
                             x_j = weight[o] * e[o]
                             flow[j] += x_j * score[o]
-                            to_scores[o] += x_j * gain[b, start + j, h]
+                            to_scores[o] += x_j * s[j]
                 for j in range(i * rank, (i + 1) * rank):
                     to_scores[j] += own[b, start + i, h] * e[j]
                     down += score[j] * e[j]
@@ -227,12 +236,12 @@ def ssd_chunk_gradient(
             for j in range(i):
                 dgain[j] += flow[j]
                 dlog[j] += before
-                before += flow[j] * gain[b, start + j, h]
+                before += flow[j] * s[j]
             dlog[i] += before
         gskip[h] += dskip
         for i in range(tokens):
-            rise = exp(number(min(c[tokens - 1] - c[i], 0.0)))
-            w = rise * gain[b, start + i, h]
+            far = exp(number(min(c[tokens - 1] - c[i], 0.0)))
+            w = far * s[i]
             along = zero
             for r in range(rank):
                 row = i * rank + r
@@ -241,7 +250,7 @@ def ssd_chunk_gradient(
                 for p in range(width):
                     along += value[p] * behind[p]
                     target[p] = direct[p] + w * behind[p]
-            ggain[b, start + i, h] = dgain[i] + rise * along
+            ggain[b, start + i, h] = dgain[i] + far * along
             into[i] = w * along
         kept = zero
         for n in range(size):

@@ -51,22 +51,19 @@ def rotated_keys(
                         source, bias, out = q[b, t, r, g], q_bias[j, r], queries[u, i * rank + r]
                     else:
                         source, bias, out = k[b, t, r, g], k_bias[j, r], keys[u, i * rank + r]
+                    for n in range(size):
+                        out[n] = source[n] + bias[n]
                     if half:
-                        other = size // 2
+                        first, second = out[:turns], out[size // 2 :]
                         for n in range(turns):
-                            x, z = source[n] + bias[n], source[n + other] + bias[n + other]
-                            out[n] = x * c[n] - z * s[n]
-                            out[n + other] = x * s[n] + z * c[n]
-                        for n in range(turns, other):
-                            out[n] = source[n] + bias[n]
-                            out[n + other] = source[n + other] + bias[n + other]
+                            x, z = first[n], second[n]
+                            first[n] = x * c[n] - z * s[n]
+                            second[n] = x * s[n] + z * c[n]
                     else:
                         for n in range(turns):
-                            x, z = source[2 * n] + bias[2 * n], source[2 * n + 1] + bias[2 * n + 1]
+                            x, z = out[2 * n], out[2 * n + 1]
                             out[2 * n] = x * c[n] - z * s[n]
                             out[2 * n + 1] = x * s[n] + z * c[n]
-                        for n in range(2 * turns, size):
-                            out[n] = source[n] + bias[n]
 
 
 @kernel(twin=unrotated_keys_numpy, fastmath=REDUCE)
@@ -100,11 +97,12 @@ def unrotated_keys(
                     else:
                         x, d, to, bias = keys[u, row], dkeys[u, row], gk[b, t, r, g], gk_bias[j, r]
                     if half:
+                        first, second, x0, x1 = d[:turns], d[other:], x[:turns], x[other:]
                         for n in range(turns):
-                            d0, d1 = d[n], d[n + other]
-                            dangle[n] += d1 * x[n] - d0 * x[n + other]
-                            d[n] = d0 * c[n] + d1 * s[n]
-                            d[n + other] = d1 * c[n] - d0 * s[n]
+                            d0, d1 = first[n], second[n]
+                            dangle[n] += d1 * x0[n] - d0 * x1[n]
+                            first[n] = d0 * c[n] + d1 * s[n]
+                            second[n] = d1 * c[n] - d0 * s[n]
                     else:
                         for n in range(turns):
                             d0, d1 = d[2 * n], d[2 * n + 1]
