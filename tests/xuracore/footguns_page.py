@@ -1,4 +1,4 @@
-"""Writes ``xuracore/FOOTGUNS.md`` from the tests of ``test_footguns.py``: ``python tests/xuracore/footguns_page.py``."""
+"""``python tests/xuracore/footguns_page.py`` writes ``xuracore/FOOTGUNS.md`` from ``test_footguns.py``."""
 
 import ast
 import textwrap
@@ -10,9 +10,9 @@ STALE = "test_the_page_is_what_the_tests_say"
 HEAD = """# Footguns
 
 What surprises people who come from NumPy or from another engine. Every entry is a test of
-[`tests/xuracore/test_footguns.py`](../tests/xuracore/test_footguns.py) and this page is written from it, so the code
-below runs as it stands (with `np`, `xc`, `nn`, `ops`, `pytest` and modules of the standard library imported). A test fails when the page is stale;
-`python tests/xuracore/footguns_page.py` writes it anew.
+[`tests/xuracore/test_footguns.py`](../tests/xuracore/test_footguns.py) and this page is written from it, so the
+code below runs as it stands, with `np`, `xc`, `nn`, `ops`, `pytest` and modules of the standard library imported.
+A test fails when the page is stale; `python tests/xuracore/footguns_page.py` writes it anew.
 """
 
 

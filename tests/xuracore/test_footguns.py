@@ -59,7 +59,7 @@ def test_three_uses_of_a_single_number_count_three_times():
 
 
 def test_adding_in_place_makes_a_new_tensor():
-    """``y += 1`` is ``y = y + 1``: other names for the tensor do not see it. To change a leaf: ``add_`` under no_grad."""
+    """``y += 1`` is ``y = y + 1``: other names of the tensor do not see it. A leaf is changed by ``add_``."""
     x = xc.tensor([1.0, 2.0], requires_grad=True)
     y = x
     y += 1.0
