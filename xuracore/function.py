@@ -21,6 +21,7 @@ class Function:
                 return 3 * scale * grad * x * x
 
         y = Cube.apply(x, scale=2.0)
+        xc.gradcheck(Cube.apply, [np.array([0.5, -2.0])])       # in float64, against differences
 
     forward(save, *arrays, **attributes) : computes with plain arrays, changes none of them, and returns an
         array, or a tuple of ``outputs`` of them.  ``save(...)`` keeps what the vjp needs, and is called once
@@ -30,7 +31,7 @@ class Function:
         where a gradient is not wanted; None stands for such a one, or for zero.
 
     Each gradient has the dtype of its input, and its shape or that of an output to which it was broadcast (then
-    it is summed back).  GradError says which of them is wrong.  ``xc.gradcheck`` compares the vjp with differences.
+    it is summed back).  GradError says which of them is wrong.
     """
 
     outputs = 1

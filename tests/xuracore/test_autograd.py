@@ -451,21 +451,6 @@ def test_a_checkpoint_is_used_once_and_passes_on_what_is_not_recorded():
 
 
 # ---------------------------------------------------------------------- memory and depth
-def test_a_long_chain_needs_no_recursion():
-    x = leaf(1.0, 2.0)
-    limit = sys.getrecursionlimit()
-    y = x
-    for _ in range(50_000):
-        y = y + x
-    y.sum().backward()
-    np.testing.assert_array_equal(x.grad, [50_001, 50_001])
-    z = x
-    for _ in range(50_000):
-        z = z + x
-    del z  # a graph that was never used
-    assert sys.getrecursionlimit() == limit
-
-
 def test_a_training_step_leaves_nothing_to_the_garbage_collector():
     rng = np.random.default_rng(0)
     layer, norm = xc.nn.Linear(4, 3, rng=rng), xc.nn.LayerNorm(4)

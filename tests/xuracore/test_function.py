@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import gc
 import itertools
+import sys
 import threading
 import weakref
 
@@ -383,15 +384,20 @@ def test_an_exception_inside_a_recomputation_frees_everything():
 
 
 def test_a_chain_of_200_000_ops():
+    """Under the default recursion limit: differentiated, and freed, also where it was never used."""
+    limit = sys.getrecursionlimit()
     x = leaf(1.0)
-    y = x
+    y = z = x
+    for _ in range(50_000):
+        z = z + x
+    del z
     for _ in range(200_000):
         y = y + 1.0
     end = weakref.ref(y)
     y.sum().backward()
     assert x.grad == 1
     del y
-    assert end() is None
+    assert end() is None and sys.getrecursionlimit() == limit
 
 
 def test_backward_visits_every_node_once():
