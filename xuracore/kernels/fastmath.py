@@ -318,7 +318,7 @@ def _gelu_wide(x):
 
 @device.narrow(wide=_gelu_wide)
 def gelu(x):
-    """``x Φ(x)``; at most 6 ulp, the left tail included.  gelu(-inf) = -0.0."""
+    """``x Φ(x)``; at most 7 ulp, the left tail included.  gelu(-inf) = -0.0."""
     t = abs(x)
     t = M_END if t > M_END else t
     up, mills = _normal_tail(t)
