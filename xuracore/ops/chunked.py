@@ -40,7 +40,8 @@ def sequences(shape, cu_seqlens, op):
 
 def _runs(spans, groups, heads):
     """Heads cut into runs [low, high), each within one group where heads share groups."""
-    wanted = -(-RUNS // max(1, len(spans)))
+    longest = max((stop - start for _, start, stop in spans), default=0)
+    wanted = 1 if longest <= TOKEN_BY_TOKEN else -(-RUNS // len(spans))
     per_group = heads // groups
     if per_group == 1:
         wanted = min(wanted, heads)
