@@ -38,6 +38,8 @@ def _transpose(self, *axes):
 
 def _reduction(op):
     def call(self, axis=None, keepdims=False, **settings):
+        if axis is None and not keepdims and not settings:
+            return op(self)
         return op(self, axis=axis, keepdims=keepdims, **settings)
 
     call.__doc__ = op.__doc__

@@ -44,7 +44,7 @@ def _samples(rng, empty=True):
 
 def _sum_forward(x, axis=None, keepdims=False):
     """Sum over ``axis``."""
-    return x.sum(axis=axis, keepdims=keepdims), (x.shape, axis, keepdims)
+    return np.add.reduce(x, axis, keepdims=keepdims), (x.shape, axis, keepdims)  # what x.sum calls in the end
 
 
 def _sum_vjp(grad, saved, needs):
