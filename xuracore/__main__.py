@@ -31,7 +31,8 @@ def main(arguments=None):
     )
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="print versions, processor, threads, BLAS, kernels and their cache")
-    commands.add_parser("warmup", help="compile all kernels for float32 into the cache; print what each took")
+    warming = commands.add_parser("warmup", help="compile all kernels for float32 and print the time of each")
+    warming.add_argument("--clear", action="store_true", help="remove what the cache holds of them first")
     timing = commands.add_parser("bench", help="time the engine beside plain NumPy")
     timing.add_argument("--seconds", type=float, default=1.0, help="of each row (default: %(default)s)")
     commands.add_parser("ops", help="print the table of all ops, in Markdown")
@@ -48,7 +49,7 @@ def main(arguments=None):
     try:
         return {
             "doctor": print_doctor,
-            "warmup": print_warmup,
+            "warmup": lambda: print_warmup(options.clear),
             "bench": lambda: bench.print_table(options.seconds),
             "ops": print_ops,
             "profile": lambda: write_profile(options),
@@ -144,17 +145,27 @@ def print_doctor():
     return 0
 
 
-def print_warmup():
+def print_warmup(clear=False):
     """Compile all kernels and print the milliseconds of each; returns 0."""
-    start = time.perf_counter()
-    first_calls = warmup.warm_up()
-    seconds = time.perf_counter() - start
-    if jit.backend() == "numpy":
-        print("nothing to compile: the kernels run as NumPy (see python -m xuracore doctor)")
+    if jit.backend() != "numba":
+        print("nothing to compile: the kernels run as they are (see python -m xuracore doctor)")
         return 0
-    for name, build, taken in first_calls:
-        print(f"{taken * 1000:8.0f} ms  {name} ({build})")
-    print(f"{seconds * 1000:8.0f} ms  in all, {len(first_calls)} builds; cache: {jit.cache_directory()}")
+    if clear:
+        print(f"removed {warmup.clear()} files from {jit.cache_directory()}")
+    start, builds = time.perf_counter(), []
+
+    def report(first_call):
+        builds.append(first_call)
+        name, how, taken = first_call
+        print(f"{taken * 1000:8.0f} ms  {name} ({how})", flush=True)
+
+    try:
+        warmup.warm_up(report)
+    except KeyboardInterrupt:
+        print(f"stopped after {len(builds)} builds, which are kept: run it again to go on", file=sys.stderr)
+        return 130
+    seconds = time.perf_counter() - start
+    print(f"{seconds * 1000:8.0f} ms  in all, {len(builds)} builds; cache: {jit.cache_directory()}")
     return 0
 
 

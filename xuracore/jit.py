@@ -17,11 +17,10 @@ Flags.  ``error_model="numpy"`` (no zero test at each division), ``nogil``, an o
 fast-math limited to contraction into FMA: NaN and Inf stay visible.  ``REDUCE`` additionally lets a
 plain sum be reassociated, for loops that are nothing but a sum.
 
-Threads.  A kernel is compiled once, as a function of one part of its ``prange`` loop.  A call with
-much work runs several parts on Python threads that have released the GIL (:func:`threads.run`), which
-costs what an OpenMP region costs, and survives forks, nesting and concurrent callers.  Numba's own
-parallel build takes three to four times longer to compile, and fails in each of these ways; only a
-kernel of several ``prange`` loops gets one, and then for one caller at a time.
+Threads.  A kernel is compiled once, as a function of one part of its ``prange`` loop.  Much work runs as
+several parts on Python threads without the GIL (:func:`threads.run`), which costs what an OpenMP region
+costs, and survives forks, nesting and concurrent callers.  Numba's parallel build compiles three to four
+times longer and survives none; only a kernel of several such loops has one, for one caller at a time.
 
 ``NUMBA_DISABLE_JIT=1`` runs the loops as plain Python, for coverage and debuggers.
 """
@@ -51,7 +50,7 @@ REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
 PARALLEL_WORK = 200_000  # scalar operations below which one thread is faster than two
 
 KERNELS = []  # every Kernel, in order of definition: for warm-up and the tests
-FIRST_CALLS = []  # (kernel name, "compiled" or "cached", seconds) of each build or load of a signature
+FIRST_CALLS = []  # (kernel name, "compiled" or "cached", seconds); in plain Python each call
 
 _compile_lock = threading.RLock()
 if hasattr(os, "register_at_fork"):  # a fork waits for a compilation to end: its child could never finish it
@@ -88,8 +87,7 @@ def backend():
     return "numba"
 
 
-# Parallelise ``prange`` loops and nothing else: kernels are explicit loops, and a small array
-# expression inside one of them should not become a parallel region of its own.
+# Explicit loops only: a small array expression in a kernel should not become a parallel region of its own.
 _PRANGE_ONLY = {
     "prange": True, "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
     "numpy": False, "stencil": False, "fusion": False,
@@ -144,11 +142,10 @@ def _own_source():
 def _cache(python, digest):
     """A Numba disk cache for ``python`` that is never stale, never mixed up, and never in the way.
 
-    Numba keys its cache by the function's own file only, and leaves the build options and the functions
-    it calls out of the key.  Here they are in the file's name, as are the signature and the processor: a
-    file holds one build for ever, and whoever is killed or races between index and data can at worst
-    leave one that is not found.  A damaged entry is compiled again; a folder that is full or gone costs a
-    warning.
+    Numba leaves the build options and the functions that are called out of its key.  Here they are in
+    the file's name, as are signature and processor: a file holds one build for ever, and whoever is
+    killed or races between index and data can at worst leave one that is not found.  A damaged entry is
+    compiled again; a folder that is full or gone costs a warning.
     """
     from numba.core import caching, config
 
@@ -333,7 +330,7 @@ def _device_options(*forms):
 
 
 def _allocates(function):
-    """Whether ``function`` or a device function it calls makes arrays: only then must references be counted."""
+    """Whether ``function`` or what it calls makes arrays: only then must references be counted."""
     if _ALLOCATORS & set(function.__code__.co_names):
         return True
     called = (function.__globals__.get(name) for name in _globals_read(function))
@@ -365,9 +362,7 @@ def _with_compiled_globals(python, parallel=False):
 
 def _function_like(python, code, scope):
     function = types.FunctionType(code, scope, python.__name__, python.__defaults__)
-    function.__module__, function.__qualname__, function.__doc__ = (
-        python.__module__, python.__qualname__, python.__doc__,
-    )  # fmt: skip
+    function.__module__, function.__qualname__ = python.__module__, python.__qualname__
     return function
 
 
@@ -478,17 +473,27 @@ class Kernel:
     def compiled(self):
         """The Numba dispatcher, built on first use; the plain function with ``NUMBA_DISABLE_JIT=1``.
 
-        A kernel that ends in its one prange loop takes ``part, parts`` before its own arguments.
+        A kernel that ends in its one prange loop takes two more arguments in front.
         """
         if self._compiled is None:
             with _compile_lock:
                 if self._compiled is None:
-                    if backend() == "python":
-                        self._compiled = self.python
-                    else:
-                        part = of_one_part(self.python) if self._takes_part() else self.python
-                        self._compiled = _jit(part, self.fastmath)
+                    part = of_one_part(self.python) if self._takes_part() else self.python
+                    plain = backend() == "python"
+                    self._compiled = _plain(self.python) if plain else _jit(part, self.fastmath)
         return self._compiled
+
+
+def _plain(python):
+    """``python`` as it stands; like compiled loops it says nothing of overflow and division by zero."""
+
+    @functools.wraps(python)
+    def call(*arguments):
+        FIRST_CALLS.append((python.__name__, "python", 0.0))
+        with np.errstate(all="ignore"):
+            python(*arguments)
+
+    return call
 
 
 def _in_parts(call, parts, *arguments):
@@ -532,11 +537,10 @@ def _jit(python, fastmath, regions=False):
         dispatcher._cache = _cache(function, digest)
     except RuntimeError as error:  # nothing writable: run without a cache rather than not at all
         _warn_of_cache(error)
-    _guard_first_calls(dispatcher, python.__name__)
-    return dispatcher
+    return _guarded(dispatcher, python.__name__)
 
 
-def _guard_first_calls(dispatcher, name):
+def _guarded(dispatcher, name):
     """Let one thread at a time compile, and only for arrays that are C-contiguous and writable.
 
     The dispatcher, which is C, asks for a build when it meets new types, and only then does this run:
@@ -544,15 +548,15 @@ def _guard_first_calls(dispatcher, name):
     at a first call, and a second thread that arrives meanwhile should wait, not compile the same thing
     again.  Another memory layout, or a read-only array, would be another type and another build.
     """
-    compile_for_args = dispatcher._compile_for_args
+    compile_for_args, names = dispatcher._compile_for_args, dispatcher.py_func.__code__.co_varnames
 
     def compile_once(*arguments):
-        for position, argument in enumerate(arguments):
+        for parameter, argument in zip(names, arguments):
             flags = getattr(argument, "flags", None)
             if flags is not None and getattr(argument, "ndim", 0) and not flags.c_contiguous:
-                raise ShapeError(f"kernel {name}: argument {position} has strides; give a C-contiguous array")
+                raise ShapeError(f"kernel {name}: {parameter} has strides; give a C-contiguous array")
             if isinstance(argument, np.ndarray) and not flags.writeable:
-                raise DTypeError(f"kernel {name}: argument {position} is a read-only array; give a writable copy")
+                raise DTypeError(f"kernel {name}: {parameter} is read-only; give a writable copy")
         with _compile_lock:
             known, hits = len(dispatcher.overloads), sum(dispatcher._cache_hits.values())
             start = time.perf_counter()
@@ -563,13 +567,26 @@ def _guard_first_calls(dispatcher, name):
             return entry
 
     dispatcher._compile_for_args = compile_once
+    return dispatcher
 
 
-def cache_directory():
-    """Folder of the compiled kernels, or None where nothing is cached; without Numba also None."""
+def assembly(kernel, signature):
+    """The assembly of one build of ``kernel``, compiled again: what comes from the cache has none."""
+    if backend() != "numba":
+        return None
+    part = of_one_part(kernel.python) if kernel._takes_part() else kernel.python
+    options = _OPTIONS | {"fastmath": set(kernel.fastmath), "_nrt": _allocates(part)}
+    dispatcher = _numba().njit(**options)(_with_compiled_globals(part))
+    dispatcher.compile(signature)
+    return dispatcher.inspect_asm(signature)
+
+
+def cache_directory(kernel=None):
+    """Folder (a Path) of a compiled kernel, by default the first; None where nothing is cached."""
     if backend() != "numba" or not KERNELS:
         return None
-    return getattr(KERNELS[0].compiled()._cache, "cache_path", None)
+    folder = getattr((kernel or KERNELS[0]).compiled()._cache, "cache_path", None)
+    return folder and Path(folder)
 
 
 def kernel(*, twin, parallel=False, fastmath=FMA):
