@@ -28,7 +28,7 @@ def spans(profile):
     thread = Counter(e.thread for e in ops).most_common(1)[0][0]
     events = sorted((e for e in profile.events if e.thread == thread), key=lambda e: (e.start, -e.end))
     called = {e.path for e in events if e.kind == "module"}
-    found, phases, open_modules, back = [], [], [], []
+    found, phases, open_modules, back, op_end = [], [], [], [], 0
 
     def close_back(depth):
         while len(back) > depth:
@@ -36,9 +36,15 @@ def spans(profile):
             found.append((len(back), start, end, _label(path), path, "module backward", path))
 
     for event in events:
-        if event.kind in ("kernel", "compile"):
-            continue
         took = f"{(event.end - event.start) / 1e6:.3f} ms"
+        if event.kind in ("kernel", "compile"):
+            if event.start >= op_end:  # no part of an op: an optimizer's
+                close_back(0)
+                details = f"{event.kind} {event.name}, {took}"
+                found.append((0, event.start, event.end, event.name, details, "op", event.path))
+            continue
+        if event.kind != "module":
+            op_end = event.end
         if event.kind == "backward":
             chain = _chain(event.path, called)
             same = 0

@@ -155,6 +155,18 @@ def test_nothing_recorded_is_an_empty_picture(tmp_path):
     assert found.by_op() == {} and found.peak == 0
 
 
+def test_kernels_of_an_optimizer_are_drawn_between_the_steps():
+    rng = np.random.default_rng(0)
+    network = bench.Network(12, 8, 3, rng=rng)
+    step = bench.training_step(network, *bench.digits(rng, 5, 12, 3))
+    step()
+    with profile() as found:
+        step()
+    drawn = [s[3] for s in spans(found)[0]]
+    assert drawn.count("adamw_update") == len(list(network.parameters()))
+    assert "relu" in drawn and not any(name.startswith("cross_entropy_") for name in drawn)
+
+
 def test_the_bench_compares_equal_work():
     rng = np.random.default_rng(0)
     network, data = bench.Network(12, 8, 3, rng=rng), bench.digits(rng, 5, 12, 3)
