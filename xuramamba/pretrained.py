@@ -4,6 +4,7 @@ Nothing in a folder is believed: configurations are bounded JSON, weights are sa
 read without unpickling, and names and shapes are compared whole before the first weight is read.
 """
 
+import math
 import warnings
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def load(model_class, config_class, directory, dtype=None, mixer_fields=None):
         if mixer_fields:
             fields["mixer_fields"] = {**fields.get("mixer_fields", {}), **mixer_fields}
         config = config_class.from_dict(fields)
+        _check_sizes(config, shapes, directory)
         if config.tie_embeddings and _HEAD in names:
             config = _decide_tie(config, file, names, directory)
         with init.blank():
@@ -67,6 +69,32 @@ def load(model_class, config_class, directory, dtype=None, mixer_fields=None):
                 quantize(model, stored)
         _fill(model, {own: _Stored(file, name) for own, name in names.items()}, dtype)
     return model
+
+
+def _check_sizes(config, shapes, directory):
+    """ConfigError unless the configuration is of the size of the weights: it must not claim memory."""
+    table, size = shapes.get(_EMBEDDING), (config.padded_vocab_size, config.d_model)
+    packed = table is not None and len(table) == 3 and math.prod(size) <= 2 * math.prod(table)  # two to a byte
+    require(
+        packed or table in (None, size),
+        f"{directory}: the configuration says {size[0]} tokens (padded) of width {size[1]}, the embedding is "
+        f"{' × '.join(map(str, table or ()))}",
+    )
+    inner = {name: shape for name, shape in shapes.items() if name.startswith("backbone.layers.")}
+    layers = len({name.split(".")[2] for name in inner})
+    require(
+        layers == config.n_layer,
+        f"{directory}: the configuration says {config.n_layer} layers, the weights have {layers}",
+    )
+    most = max(1024, *(dimension for shape in inner.values() for dimension in shape))
+    claimed = {"d_intermediate": config.d_intermediate}
+    for i in range(config.n_layer if config.layer_types else 1):
+        claimed |= config.stack.mixer_config(i).to_dict()
+        for name, value in claimed.items():
+            require(
+                type(value) is not int or value <= most,
+                f"{directory}: {name} is {value}; no dimension of the weights is above {most}",
+            )
 
 
 def _decide_tie(config, file, names, directory):

@@ -145,7 +145,8 @@ def _texts(count):
     """Texts with words, numbers, marks, blanks and characters from everywhere."""
     rng, texts = np.random.default_rng(0), []
     alphabets = ["etaoin shrdlu ETAOIN", "0123456789", " \t\n\r\u00a0\u3000\u2028\x85",
-                 ".,;:!?'\"()[]{}<>|~`@#$%^&*-_=+/", "áéîõüßÆøłč", "αβγ абв אבג عرب हिन्दी ไทย 漢字 かな 한글", "١٢٣²¾Ⅷ", "😀👩‍👩‍👧🇩🇪", "\u0301\u0308\u200d\ufeff"]
+                 ".,;:!?'\"()[]{}<>|~`@#$%^&*-_=+/", "áéîõüßÆøłč",
+                 "αβγ абв אבג عرب हिन्दी ไทย 漢字 かな 한글", "١٢٣²¾Ⅷ", "😀👩‍👩‍👧🇩🇪", "\u0301\u0308\u200d\ufeff"]
     for _ in range(count):
         parts = []
         for _ in range(rng.integers(0, 12)):
@@ -210,8 +211,9 @@ def _own_results(model, ids):
             logits, state = model(ids[:, t : t + 1], state)
             steps.append(logits.numpy())
     short, longer = model.generate([ids[0, :5], ids[0, :9]], NEW, stop=())
+    penalized = model.generate(ids, NEW, stop=(), repetition_penalty=1.3)
     return dict(ids=ids, whole=whole, steps=np.concatenate(steps, 1), text=model.generate(ids, NEW, stop=()),
-                penalized=model.generate(ids, NEW, stop=(), repetition_penalty=1.3), short=short, longer=longer)  # fmt: skip
+                penalized=penalized, short=short, longer=longer)  # fmt: skip
 
 
 def _table(title):
@@ -286,7 +288,8 @@ def compare_sampling(folder):
             penalize_repetition(row, np.unique(seen), penalty)
         ours = filtered_probabilities(logits, temperature, top_k, top_p)
         difference, same = np.abs(ours - found[f"p{i}"]).max(), ((ours > 0) == (found[f"p{i}"] > 0)).all()
-        print(f"| {temperature} | {top_k} | {top_p} | {penalty} | {difference:.1e} | {'same' if same else 'DIFFERENT'} |")
+        word = "same" if same else "DIFFERENT"
+        print(f"| {temperature} | {top_k} | {top_p} | {penalty} | {difference:.1e} | {word} |")
         good &= difference < 1e-12 and same
     return good
 

@@ -325,6 +325,18 @@ def test_configurations_that_mean_nothing_are_refused(tmp_path, says):
         LanguageModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("changes, says", [
+    ({"num_hidden_layers": 10**9}, "says 1000000000 layers, the weights have 2"),
+    ({"vocab_size": 10**12}, "says 1000000000000 tokens .* embedding is 64 × 32"),
+    ({"hidden_size": 10**9}, "of width 1000000000"), ({"state_size": 10**10}, "d_state is 10000000000"),
+    ({"conv_kernel": 10**10}, "d_conv is"), ({"time_step_rank": 10**10}, "dt_rank is")])  # fmt: skip
+def test_a_configuration_cannot_claim_more_memory_than_the_weights_have(tmp_path, changes, says):
+    folder = copied("hf_mamba", tmp_path / "m")
+    edit(folder, **changes)
+    with pytest.raises(ConfigError, match=says):
+        LanguageModel.from_pretrained(folder)
+
+
 def test_layers_that_are_not_here_are_refused():
     base = {"d_model": 8, "n_layer": 2, "vocab_size": 21}
     for change in ({"attn_layer_idx": [1]}, {"ssm_cfg": {"layer": "Mamba9"}}, {"ssm_cfg": 3}):
