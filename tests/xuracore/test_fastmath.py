@@ -1,11 +1,11 @@
 """The scalar functions of the kernels: accuracy in units in the last place (ulp), and the edges.
 
-Largest errors over every 101st float32, both signs (``--slow`` measures all between 2**-30 and 128 in size).  An
-ulp is that of the exact result, from 1.2e-38 up.  A derivative passes through zero, where no relative error can
-be bounded: there an ulp is at least that of 1/8.
+Largest errors over every float32 between 2**-30 and 128 in size, both signs, and every 101st beyond (``--slow``
+measures them again, in minutes).  An ulp is that of the exact result, from 1.2e-38 up.  A derivative passes
+through zero, where no relative error can be bounded: there an ulp is at least that of 1/8.
 
-    log 1.9   softplus 2.8   sigmoid 2.6   silu 3.2   tanh 2.7   erf 1.0   gelu 5.9   gelu_tanh 182 (at values below
-    1e-30; 40 above -5)   derivatives: silu 2.9   gelu 6.4   gelu_tanh 5.5
+    log 2.0   softplus 2.9   sigmoid 2.8   silu 3.7   tanh 2.7   erf 1.0   gelu 6.2   gelu_tanh 233 (at values below
+    1e-30; 40 above -5)   derivatives: silu 3.1   gelu 6.9   gelu_tanh 6.6
 """
 
 import math
@@ -75,7 +75,7 @@ def _run(x):
     "name, low, high, ulp",
     [
         ("exp", -87.3, 88.3, 1.1),
-        ("exp2", -125.9, 127.4, 2.0),
+        ("exp2", -125.9, 127.4, 2.1),
         ("log1p_unit", 0, 1, 2.0),
         ("log", 1e-30, 1e30, 2.0),
         ("softplus", -87, 100, 3.0),
