@@ -169,7 +169,7 @@ def config_fields(config, shapes, directory):
         return published.language_model_fields(config, shapes)
     except ConfigError as error:
         raise ConfigError(f"{Path(directory) / 'config.json'}: {error}") from None
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ConfigError(f"{Path(directory) / 'config.json'}: a value has the wrong type ({error})") from None
 
 

@@ -77,6 +77,7 @@ def language_model_fields(config, shapes):
 def _from_hugging_face(config, shapes):
     kind = config["model_type"]
     hidden, expand = _number(config, "hidden_size"), config.get("expand", 2)
+    require(isinstance(expand, (int, float)), f"expand is {expand!r}; expected a number")
     activation = config.get("hidden_act", "silu")
     require(activation == "silu", f"hidden_act is {activation!r}; Mamba computes with 'silu' here")
     inner = shapes.get("backbone.layers.0.mixer.out_proj.weight", (0, expand * hidden))[-1]
@@ -113,7 +114,7 @@ def _from_hugging_face(config, shapes):
         "mixer_fields": fields,
         "norm_eps": eps,
         "tie_embeddings": config.get("tie_word_embeddings", kind != "mamba2"),
-        "eos_token_ids": tuple(end for end in ends if end < vocabulary),
+        "eos_token_ids": tuple(end for end in ends if 0 <= end < vocabulary),
     }
 
 

@@ -313,6 +313,7 @@ BAD_CONFIGS = {
     "num_hidden_layers is 0": {"num_hidden_layers": 0},
     "model_type is 'llama'": {"model_type": "llama"},
     "model_type is None": {"model_type": None},
+    "expand is 'x'": {"expand": "x"},
     "wrong type": {"layer_norm_epsilon": "small", "eos_token_id": "x"},
 }
 
