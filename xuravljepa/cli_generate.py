@@ -113,6 +113,10 @@ def _encoded(tokenizer, text):
     """Ids, with what the tokenizer puts before a text, and not what it puts behind."""
     import numpy as np
 
+    from xuramamba.tokenizer import ExternalTokenizer
+
+    if isinstance(tokenizer, ExternalTokenizer):
+        return tokenizer.encode(text, add_special=True)
     before = getattr(tokenizer, "template", ((), ()))[0]
     return np.concatenate([np.array(before, np.int64), tokenizer.encode(text)])
 
