@@ -41,7 +41,7 @@ def complex_scan(q, k, v, dt, a, trap, angles, q_bias, k_bias, skip=None):
     Arrays as in :func:`xuracore.ops.trapezoidal_scan` with one rank, rotary='pair' and a fresh start; N even.
     Returns (y (B, L, H, P), c (B, H, P, N / 2) complex).  To be read and compared with: it is slow.
     """
-    batch, length, heads, width = v.shape
+    batch, _, heads, width = v.shape
     half, turning = q.shape[-1] // 2, angles.shape[-1]
     angles = np.broadcast_to(angles[:, :, None] if angles.ndim == 3 else angles, (*v.shape[:3], turning))
     phi = np.zeros((*v.shape[:3], half))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import xuracore as xc
-from xuracore import jit, threads
+from xuracore import threads
 from xuracore.kernels import ssd, trapezoid
 
 

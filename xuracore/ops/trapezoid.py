@@ -30,7 +30,7 @@ from xuracore.ops.registry import primitive
 
 
 def _trapezoid_shapes(q, v, angles, count):
-    batch, length, rank, groups, size = q.shape
+    batch, length, rank, _, size = q.shape
     heads, width = v.shape[2], v.shape[3]
     turns = angles.shape[3]
     return {
