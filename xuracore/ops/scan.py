@@ -67,7 +67,8 @@ def _selective_scan_forward(
     inputs = _selective_inputs(u, delta, A, B, C, D, z, delta_bias, h, spans.count)
     tokens, channels = inputs[0].shape
     parts, (groups, size) = inputs[2].shape[2:], inputs[3].shape[1:3]
-    block = block_length(spans.longest, 2 * inputs[2][0].size * selective.CHANNELS * u.itemsize)
+    scratch = 2 * inputs[2][0].size * selective.CHANNELS * u.itemsize  # a token's; a core's L2 holds 64
+    block = block_length(spans.longest, scratch // 4)
     rows = spans.rows(block)
     low, high = (-np.inf, np.inf) if dt_limit is None else dt_limit
     options = spans.edges, rows, u.dtype.type(low), u.dtype.type(high), bool(delta_softplus), block
