@@ -109,7 +109,7 @@ class LinearMixer(Module):
         if x.ndim != 3 or x.shape[-1] != c.d_model:
             raise ShapeError(f"{name}: x has shape {x.shape}; expected (B, L, {c.d_model})")
         if mask is not None:
-            return packed.run_padded(self, x, state, mask, cu_seqlens)
+            return packed.without_padding(self, x, state, mask, cu_seqlens)
         (h,) = state or (None,)
         if cu_seqlens is None:
             y, h = self._response(x, h)

@@ -123,7 +123,7 @@ class Mamba1(Module):
         if x.ndim != 3 or x.shape[-1] != c.d_model:
             raise ShapeError(f"Mamba1: x has shape {x.shape}; expected (B, L, {c.d_model})")
         if mask is not None:
-            return packed.run_padded(self, x, state, mask, cu_seqlens)
+            return packed.without_padding(self, x, state, mask, cu_seqlens)
         conv, ssm = state or (None, None)
         u, z = ops.unpack_2(self.in_proj(x), sizes=(c.d_inner, c.d_inner))
         if cu_seqlens is None:

@@ -69,17 +69,6 @@ class Padding:
         return rows[self._places].reshape(*self.shape, y.shape[-1])
 
 
-def run_padded(mixer, x, state, mask, cu_seqlens=None):
-    """``mixer(x, state)`` over the real tokens of each row alone; y is zero at padding."""
-    if cu_seqlens is not None:
-        raise ShapeError("a mask and cu_seqlens were given; expected one of them")
-    padding = Padding(mask, x.shape[:2])
-    if padding.is_none:
-        return mixer(x, state)
-    y, state = mixer(padding.pack(x), state, cu_seqlens=padding.edges)
-    return padding.unpack(y), state
-
-
 def without_padding(mixer, x, state, mask, cu_seqlens=None):
     """``mixer(x, state)`` of a padded batch: the state passes padding unchanged, and y is 0 there.
 
