@@ -7,8 +7,8 @@ from xuracore.errors import ConfigError
 
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4ea3", "#4a4a4a", "#0097a7", "#a0522d")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
-MARGIN = {"left": 62, "right": 168, "top": 40, "bottom": 48}
-LINE_HEIGHT = 18  # of the legend
+MARGIN = {"left": 62, "top": 40, "bottom": 48}
+LINE_HEIGHT, LETTER_WIDTH = 18, 7.5  # of the legend
 TICKS = 5
 
 
@@ -24,16 +24,18 @@ def line_chart(series, *, title="", x_label="", y_label="", y_range=None, log_x=
     finite = [point for points in lines.values() for point in points if _drawable(point, log_x)]
     if not finite:
         raise ConfigError(f"line_chart {title!r}: no finite point in {list(series)}")
-    across = _Axis([x for x, _ in finite], MARGIN["left"], size[0] - MARGIN["right"], log=log_x)
+    legend = 48 + LETTER_WIDTH * max(map(len, map(str, series)))
+    right = max(size[0] - legend, size[0] / 2)
+    across = _Axis([x for x, _ in finite], MARGIN["left"], right, log=log_x)
     up = _Axis([y for _, y in finite] if y_range is None else y_range, size[1] - MARGIN["bottom"], MARGIN["top"])
-    parts = [_frame(size, title, x_label, y_label), *_grid(across, up)]
+    parts = [_frame(size, right, title, x_label, y_label), *_grid(across, up)]
     for number, (name, points) in enumerate(lines.items()):
         style = f'stroke="{COLOURS[number % len(COLOURS)]}" stroke-width="2" fill="none"'
         dash = DASHES[number // len(COLOURS) % len(DASHES)]
         style += f' stroke-dasharray="{dash}"' if dash else ""
         for run in _unbroken(points, log_x):
             parts.append(_polyline([(across.at(x), up.at(y)) for x, y in run], style))
-        x, y = size[0] - MARGIN["right"] + 12, MARGIN["top"] + 8 + number * LINE_HEIGHT
+        x, y = right + 12, MARGIN["top"] + 8 + number * LINE_HEIGHT
         parts.append(_polyline([(x, y), (x + 22, y)], style))
         parts.append(_text(x + 28, y + 4, name))
     return "\n".join([*parts, "</svg>", ""])
@@ -81,9 +83,11 @@ class _Axis:
 
     def ticks(self):
         if self.log:
-            powers = range(math.ceil(self.low - 1e-9), math.floor(self.high + 1e-9) + 1)
-            few = [10.0**power for power in powers]
-            return few if len(few) > 2 else sorted({10**self.low, *few, 10**self.high})
+            powers = range(math.floor(self.low), math.ceil(self.high) + 1)
+            factors = (1, 2, 5) if self.high - self.low < 3 else (1,)
+            values = [factor * 10.0**power for power in powers for factor in factors]
+            inside = [value for value in values if self.low - 1e-9 <= math.log10(value) <= self.high + 1e-9]
+            return inside or [10**self.low, 10**self.high]
         rough = (self.high - self.low) / TICKS
         scale = 10.0 ** math.floor(math.log10(rough))
         step = next(scale * factor for factor in (1, 2, 2.5, 5, 10) if scale * factor >= rough * 0.999)
@@ -105,9 +109,9 @@ def _grid(across, up):
     )
 
 
-def _frame(size, title, x_label, y_label):
+def _frame(size, right, title, x_label, y_label):
     width, height = size
-    middle = (MARGIN["left"] + width - MARGIN["right"]) / 2
+    middle = (MARGIN["left"] + right) / 2
     centre = (MARGIN["top"] + height - MARGIN["bottom"]) / 2
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
