@@ -7,8 +7,7 @@ import pytest
 
 from xuracore import no_grad
 from xuracore.errors import ConfigError, FormatError, GradError
-from xuramamba import LanguageModel, LanguageModelConfig
-from xuramamba import quantize as quantizing
+from xuramamba import LanguageModel, LanguageModelConfig, compare_widths
 from xuramamba.quantize import compare, quantize, stored_bytes, width_of
 
 IDS = np.random.default_rng(0).integers(0, 70, (2, 12))
@@ -92,11 +91,11 @@ def test_stored_models_generate_and_do_not_train():
 
 def test_the_command_prints_one_row_a_width(tmp_path, capsys):
     build().save_pretrained(tmp_path)
-    quantizing.main(["--model", str(tmp_path), "--tokens", "16"])
+    compare_widths.main(["--model", str(tmp_path), "--tokens", "16"])
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("|")[1].strip() for row in rows[2:]] == ["float32", "bfloat16", "int8", "int4"]
     assert "100.0%" in rows[2] and "(+0.00%)" in rows[2]
-    quantizing.main(["--model", str(tmp_path), "--width", "int8", "--output", str(tmp_path / "int8")])
+    compare_widths.main(["--model", str(tmp_path), "--width", "int8", "--output", str(tmp_path / "int8")])
     assert width_of(LanguageModel.from_pretrained(tmp_path / "int8")) == "int8"
     with pytest.raises(SystemExit):
-        quantizing.main(["--model", str(tmp_path), "--width", "int8"])
+        compare_widths.main(["--model", str(tmp_path), "--width", "int8"])
