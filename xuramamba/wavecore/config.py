@@ -103,7 +103,7 @@ class CoreModelConfig(Config):
 
     @classmethod
     def _sized(cls, widths, **fields):
-        return cls(**dict(zip(("d_s", "d_w", "d_p", "d_e", "d_k", "d_c"), widths)), **fields)
+        return cls(**{**dict(zip(("d_s", "d_w", "d_p", "d_e", "d_k", "d_c"), widths)), **fields})
 
     # ------------------------------------------------------------------ presets
     @classmethod
@@ -146,8 +146,8 @@ class CoreModelConfig(Config):
             raise ConfigError(f"tier {version!r}; expected one of {', '.join(TIERS)}")
         width, factor = TIERS[version]
         return cls._sized((width, width, width // 2, width, max(32, width // 4), width), **{
-            "cms_sizes": tuple(factor * n for n in (32, 64, 128)), "cms_dims": tuple(factor * n for n in (64, 128, 256)),
-            **changes})  # fmt: skip
+            "cms_sizes": tuple(factor * n for n in (32, 64, 128)),
+            "cms_dims": tuple(factor * n for n in (64, 128, 256)), **changes})  # fmt: skip
 
     @classmethod
     def preset(cls, name, **changes):

@@ -21,6 +21,8 @@ from xuracore.errors import ShapeError
 from xuracore.tensor import Tensor
 from xuramamba.wavecore.parameters import dense, mlp, new_dense, new_mlp
 
+QUERY_GAIN = 8.0  # of the initial weights: with unit keys, a query of ordinary length reads nearly the mean of all slots
+
 
 def in_use(keys):
     """Which slots hold something, (B, N): those whose key (B, N, d_k) is not zero."""
@@ -109,8 +111,10 @@ def choose_slot(keys, key, usage, merge_similarity):
 
 def new_read(rng, c):
     """Parameters of :func:`cms_read`."""
+    query = new_mlp(rng, c.d_s + c.d_e, c.d_s + c.d_e, c.d_k, c.use_layer_norm)
+    query["out"]["kernel"].data *= np.float32(QUERY_GAIN)
     return {
-        "query": new_mlp(rng, c.d_s + c.d_e, c.d_s + c.d_e, c.d_k, c.use_layer_norm),
+        "query": query,
         "levels": {str(i): new_dense(rng, width, c.d_c, bias=False) for i, width in enumerate(c.cms_dims)},
         "mix": new_dense(rng, c.num_levels * c.d_c, c.num_levels),
     }
