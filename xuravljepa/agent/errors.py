@@ -17,3 +17,7 @@ class ArgumentError(XuraError, ValueError):
 
 class ReplayError(XuraError, RuntimeError):
     """A replayed run asked for something that its trace did not record."""
+
+
+class MemoryBusyError(XuraError, RuntimeError):
+    """A visual memory is written by another process, or cannot be written because it is closed."""
