@@ -99,7 +99,7 @@ def cross_entropy_arguments(rng, size, dtype):
 def cross_entropy_backward_arguments(rng, size, dtype):
     x, target, maximum, *_, log_sum = forward = cross_entropy_arguments(rng, size, dtype)
     cross_entropy.cross_entropy_forward_numpy(*forward)
-    return x[:, 0].copy(), x, target, maximum, log_sum, -100, 0.1, np.empty_like(x)
+    return x[:, 0].astype(np.float64), x, target, maximum, log_sum, -100, 0.1, np.empty_like(x)
 
 
 def attention_arguments(rng, size, dtype):

@@ -171,5 +171,6 @@ def test_no_kernel_has_more_than_two_builds():
     """Sorted to the end of the suite: each kernel was built for float32 and float64 at most."""
     kernels = ours().values()
     builds = {each.__name__: each.compiled().signatures for each in kernels if each._compiled is not None}
-    by_weights = {"gemv", "mamba1_step", "mamba2_step"}  # float32, bfloat16, int8 and int4
-    assert {name: found for name, found in builds.items() if len(found) > 2 + 2 * (name in by_weights)} == {}
+    # One more for each way the weights are stored: bfloat16, int8, int4; here also mixed within a layer.
+    allowed = {"gemv": 4, "mamba1_step": 6, "mamba2_step": 6}
+    assert {name: found for name, found in builds.items() if len(found) > allowed.get(name, 2)} == {}
