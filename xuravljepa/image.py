@@ -16,16 +16,18 @@ MAX_PIXELS = 64_000_000
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_FILTERS = {name: Image.Resampling[name.upper()]
+            for name in ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """How a model wants its pictures.
 
-    ``size`` is the side in pixels.  ``resize`` is ``"squash"`` (both sides to ``size``) or ``"crop"`` (the
-    short side to ``int(size / crop_fraction)``, then the middle square).  Pixels are divided by 255, then
-    normalised by ``mean`` and ``std``.
+    ``size`` is the side in pixels.  ``resize`` is ``"squash"`` (both sides to ``size``), ``"crop"`` (the
+    short side to ``short``, by default ``int(size / crop_fraction)``, then the middle square) or ``"none"``
+    (the middle square alone).  With ``short``, a squashed picture gets these sides before the middle is cut out.
+    What lies outside the picture is black.  Pixels are divided by 255, then normalised by ``mean`` and ``std``.
     """
 
     size: int = 64
@@ -34,18 +36,28 @@ class Preprocessing:
     resize: str = "squash"
     crop_fraction: float = 1.0
     filter: str = "bicubic"
+    short: int | None = None
 
     def __post_init__(self):
-        if self.resize not in ("squash", "crop"):
-            raise ConfigError(f"resize must be 'squash' or 'crop', got {self.resize!r}")
+        if self.resize not in ("squash", "crop", "none"):
+            raise ConfigError(f"resize must be 'squash', 'crop' or 'none', got {self.resize!r}")
         if self.filter not in _FILTERS:
             raise ConfigError(f"filter must be one of {', '.join(_FILTERS)}, got {self.filter!r}")
-        if not (isinstance(self.size, int) and self.size > 0):
-            raise ConfigError(f"size must be a positive number of pixels, got {self.size!r}")
+        for name in ("size", "short"):
+            value = getattr(self, name)
+            if (name, value) != ("short", None) and not (type(value) is int and 0 < value <= MAX_PIXELS):
+                raise ConfigError(f"{name} must be a positive number of pixels, got {value!r}")
         if not 0 < self.crop_fraction <= 1:
             raise ConfigError(f"crop_fraction must lie in (0, 1], got {self.crop_fraction}")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ConfigError(f"mean and std need three numbers, std above 0; got {self.mean} and {self.std}")
+
+    @property
+    def resized(self):
+        """The side, or the short side, in pixels, before anything is cut off."""
+        if self.short is not None:
+            return self.short
+        return int(self.size / self.crop_fraction) if self.resize == "crop" else self.size
 
 
 PREPROCESSING = {
@@ -68,7 +80,14 @@ def load(source, size=64, mean=HALF, std=HALF, *, resize="squash", crop_fraction
     Raises FormatError, with the path, for a file that is missing, damaged, truncated, of a foreign format or
     larger than ``max_pixels``; ShapeError or DTypeError for an array that is no picture.
     """
-    recipe = Preprocessing(size, tuple(mean), tuple(std), resize, crop_fraction, filter)
+    return prepare(source, Preprocessing(size, tuple(mean), tuple(std), resize, crop_fraction, filter), max_pixels)
+
+
+def prepare(source, recipe, max_pixels=MAX_PIXELS):
+    """A picture as float32 (3, size, size), as ``recipe`` (a Preprocessing) says.
+
+    Sources and errors as in ``load``.
+    """
     return normalise(fit(read_rgb(source, max_pixels), recipe, max_pixels), recipe.mean, recipe.std)
 
 
@@ -95,17 +114,18 @@ def read_rgb(source, max_pixels=MAX_PIXELS):
 
 def fit(image, recipe, max_pixels=MAX_PIXELS):
     """An RGB PIL image brought to ``recipe.size`` square, as ``recipe`` (a Preprocessing) says."""
-    size = recipe.size
+    size, width, height = recipe.size, *image.size
+    target = image.size
     if recipe.resize == "squash":
-        return image if image.size == (size, size) else image.resize((size, size), _FILTERS[recipe.filter])
-    short = int(size / recipe.crop_fraction)
-    scale = short / min(image.size)
-    target = tuple(short if side == min(image.size) else int(side * scale) for side in image.size)
+        target = recipe.resized, recipe.resized
+    elif recipe.resize == "crop":
+        short, small = recipe.resized, min(width, height)
+        target = tuple(short * side // small for side in (width, height))
     _check_pixels(target, max_pixels, None)      # a 1-pixel-high strip would grow without bound
     if image.size != target:
         image = image.resize(target, _FILTERS[recipe.filter])
     left, top = ((side - size) // 2 for side in target)
-    return image.crop((left, top, left + size, top + size))
+    return image if target == (size, size) else image.crop((left, top, left + size, top + size))
 
 
 def normalise(image, mean=HALF, std=HALF):

@@ -1,23 +1,28 @@
-"""The X-Encoder: a Vision Transformer (Dosovitskiy et al. 2021).
+"""The X-Encoder: one Vision Transformer for the families whose weights can be had.
 
-patches → linear embedding → [CLS] + learned positions → pre-norm blocks → final norm.
+patches → linear embedding → [CLS], registers, positions → pre-norm blocks → final norm.
 
-Parameters have timm's names.  Weights saved by timm or by Hugging Face's ViT (the files on the hub
-and the names newer versions write) are recognised by their names; see ``canonical_state``.
+    ViT (Dosovitskiy et al. 2021), timm's and Hugging Face's; I-JEPA (Assran et al. 2023): no [CLS];
+    DINOv2 (Oquab et al. 2024; registers: Darcet et al. 2024): layer scale, gated MLPs;
+    V-JEPA 2 (Assran et al. 2025): tubelets of several frames, rotary positions along three axes, no table.
+
+Parameters have timm's names; ``xuravljepa.vit_names`` reads other people's.
 """
 
 import functools
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from xuracore import io, nn, ops
+from xuracore import io, nn, no_grad, ops
 from xuracore.config import Config, require, require_positive
-from xuracore.errors import FormatError, ShapeError
+from xuracore.errors import ConfigError, FormatError, ShapeError
 from xuracore.nn import init
+from xuracore.ops.resize import resize_matrix
+from xuravljepa import vit_files
+from xuravljepa.vit_names import canonical_state, family_of, settings_of
 
 ACTIVATIONS = {
     "gelu": ops.gelu,
@@ -25,11 +30,16 @@ ACTIVATIONS = {
     "relu": ops.relu,
     "silu": ops.silu,
 }
+INTERPOLATIONS = {
+    "hf": "bicubic, a = -0.75, no antialias: Hugging Face's ViT, DINOv2 and I-JEPA",
+    "timm": "bicubic, a = -0.5, antialiased: timm, and DINOv2 with registers",
+    "dinov2": "as hf, but places lie old / (new + 0.1) apart: the original DINOv2 without registers",
+}
 
 
 @dataclass(frozen=True)
 class VitConfig(Config):
-    """Sizes of a Vision Transformer.  Lengths in pixels or numbers of features."""
+    """Sizes and habits of a Vision Transformer.  Lengths in pixels or numbers of features."""
 
     image_size: int = 224
     patch_size: int = 16
@@ -40,6 +50,14 @@ class VitConfig(Config):
     norm_eps: float = 1e-6  # timm; Hugging Face's ViT uses 1e-12
     qkv_bias: bool = True
     activation: str = "gelu"  # the exact one; others: see ACTIVATIONS
+    class_token: bool = True
+    class_position: bool = True  # whether the table of positions begins with a row for [CLS]
+    registers: int = 0  # tokens after [CLS], without a position
+    layer_scale: bool = False
+    swiglu: bool = False  # MLPs are silu(gate) · up; fc1 holds the gates first
+    qk_norm: bool = False
+    interpolation: str = "hf"  # of the table, for other image sizes; see INTERPOLATIONS
+    tubelet_size: int = 0  # frames of a token, with V-JEPA 2's rotary positions and no table; 0: pictures
 
     def __post_init__(self):
         require_positive(self, "image_size", "patch_size", "d_model", "depth", "n_heads")
@@ -47,15 +65,39 @@ class VitConfig(Config):
                 f"mlp_ratio {self.mlp_ratio} and norm_eps {self.norm_eps} must be positive")
         require(self.activation in ACTIVATIONS,
                 f"activation is {self.activation!r}; choose one of {', '.join(ACTIVATIONS)}")
+        require(self.interpolation in INTERPOLATIONS,
+                f"interpolation is {self.interpolation!r}; choose one of {', '.join(INTERPOLATIONS)}")
         require(self.image_size % self.patch_size == 0,
                 f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         require(self.d_model % self.n_heads == 0,
                 f"d_model {self.d_model} is not a multiple of n_heads {self.n_heads}")
+        require(min(self.registers, self.tubelet_size) >= 0,
+                f"registers {self.registers} and tubelet_size {self.tubelet_size} cannot be negative")
+        require(self.class_token or not self.class_position, "class_position without class_token")
+        require(not self.tubelet_size or not (self.class_token or self.registers),
+                "a model of tubelets has neither [CLS] nor registers")
+        require(not self.tubelet_size or self.d_model // self.n_heads >= 6 and self.d_model // self.n_heads % 2 == 0,
+                f"rotary positions need an even width of the heads from 6; it is {self.d_model // self.n_heads}")
+
+    @property
+    def side(self):
+        """Patches along one side of an image of ``image_size``."""
+        return self.image_size // self.patch_size
 
     @property
     def n_patches(self):
         """Patches of an image of ``image_size``."""
-        return (self.image_size // self.patch_size) ** 2
+        return self.side**2
+
+    @property
+    def n_prefix(self):
+        """Tokens before those of the patches."""
+        return self.class_token + self.registers
+
+    @property
+    def n_tokens(self):
+        """Tokens of an image of ``image_size``."""
+        return self.n_prefix + self.n_patches
 
     @property
     def hidden(self):
@@ -67,7 +109,10 @@ class VitConfig(Config):
         """Parameters of a model of these sizes, by arithmetic."""
         d, h = self.d_model, self.hidden
         block = 4 * d * d + d + 3 * d * self.qkv_bias + 2 * d * h + h + d + 4 * d
-        return d + (1 + self.n_patches) * d + d * (3 * self.patch_size**2 + 1) + self.depth * block + 2 * d
+        block += self.swiglu * (d * h + h) + 2 * d * self.layer_scale + 4 * (d // self.n_heads) * self.qk_norm
+        table = 0 if self.tubelet_size else (self.class_position + self.n_patches) * d
+        patch = d * (3 * self.patch_size**2 * max(self.tubelet_size, 1) + 1)
+        return self.n_prefix * d + table + patch + self.depth * block + 2 * d
 
     @classmethod
     def tiny(cls):
@@ -88,80 +133,122 @@ class VitConfig(Config):
 class Attention(nn.Module):
     """Multi-head self-attention; ``qkv`` rows are queries, keys, values."""
 
-    def __init__(self, dim, n_heads, qkv_bias, *, rng):
-        self.n_heads = n_heads
-        self.qkv = nn.Linear(dim, 3 * dim, qkv_bias, rng=rng)
+    def __init__(self, config, *, rng):
+        dim = config.d_model
+        self.n_heads = config.n_heads
+        self.qkv = nn.Linear(dim, 3 * dim, config.qkv_bias, rng=rng)
+        width = dim // config.n_heads
+        self.q_norm = nn.LayerNorm(width, config.norm_eps) if config.qk_norm else None
+        self.k_norm = nn.LayerNorm(width, config.norm_eps) if config.qk_norm else None
         self.proj = nn.Linear(dim, dim, rng=rng)
 
-    def forward(self, x):
+    def forward(self, x, turn=None):
         batch, length, dim = x.shape
         qkv = self.qkv(x).reshape(batch, length, 3, self.n_heads, dim // self.n_heads)
         q, k, v = (part for part in qkv.transpose(2, 0, 3, 1, 4))  # each (B, heads, L, width)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if turn is not None:
+            q, k = turn(q), turn(k)
         y = ops.attention(q, k, v)
         return self.proj(y.transpose(0, 2, 1, 3).reshape(batch, length, dim))
 
 
 class Mlp(nn.Module):
-    """Linear, activation, linear."""
+    """Linear, activation, linear; with ``swiglu`` the first gives gates and values (Shazeer 2020)."""
 
-    def __init__(self, dim, hidden, activation, *, rng):
-        self._activation = ACTIVATIONS[activation]
-        self.fc1 = nn.Linear(dim, hidden, rng=rng)
-        self.fc2 = nn.Linear(hidden, dim, rng=rng)
+    def __init__(self, config, *, rng):
+        self._activation = None if config.swiglu else ACTIVATIONS[config.activation]
+        self.fc1 = nn.Linear(config.d_model, config.hidden * (1 + config.swiglu), rng=rng)
+        self.fc2 = nn.Linear(config.hidden, config.d_model, rng=rng)
 
     def forward(self, x):
-        return self.fc2(self._activation(self.fc1(x)))
+        x = self.fc1(x)
+        if self._activation is not None:
+            return self.fc2(self._activation(x))
+        hidden = x.shape[-1] // 2
+        return self.fc2(ops.silu(x[..., :hidden]) * x[..., hidden:])
+
+
+class LayerScale(nn.Module):
+    """x ∘ gamma (Touvron et al. 2021)."""
+
+    def __init__(self, dim):
+        self.gamma = nn.Parameter(init.ones(dim))
+
+    def forward(self, x):
+        return x * self.gamma
 
 
 class Block(nn.Module):
-    """x + attention(norm1 x), then x + mlp(norm2 x)."""
+    """x + ls1(attention(norm1 x)), then x + ls2(mlp(norm2 x))."""
 
     def __init__(self, config, *, rng):
         dim = config.d_model
         self.norm1 = nn.LayerNorm(dim, config.norm_eps)
-        self.attn = Attention(dim, config.n_heads, config.qkv_bias, rng=rng)
+        self.attn = Attention(config, rng=rng)
+        self.ls1 = LayerScale(dim) if config.layer_scale else None
         self.norm2 = nn.LayerNorm(dim, config.norm_eps)
-        self.mlp = Mlp(dim, config.hidden, config.activation, rng=rng)
+        self.mlp = Mlp(config, rng=rng)
+        self.ls2 = LayerScale(dim) if config.layer_scale else None
 
-    def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(self, x, turn=None):
+        y = self.attn(self.norm1(x), turn)
+        x = x + (y if self.ls1 is None else self.ls1(y))
+        y = self.mlp(self.norm2(x))
+        return x + (y if self.ls2 is None else self.ls2(y))
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches as one matrix product; ``proj`` has a convolution's weight (D, 3, P, P)."""
+    """Non-overlapping patches as one matrix product.
 
-    def __init__(self, patch_size, dim, *, rng):
-        self.patch_size = patch_size
+    ``proj`` has a convolution's weight: (D, 3, P, P), or (D, 3, T, P, P) of tubelets of T frames.
+    """
+
+    def __init__(self, config, *, rng):
+        p, frames = config.patch_size, config.tubelet_size
+        shape = (config.d_model, 3, *([frames] if frames else []), p, p)
+        self.patch_size, self.frames = p, frames or 1
         self.proj = nn.Module()
-        self.proj.weight = nn.Parameter(init.uniform((dim, 3, patch_size, patch_size), rng,
-                                                     1 / math.sqrt(3 * patch_size**2)))
-        self.proj.bias = nn.Parameter(init.zeros(dim))
+        self.proj.weight = nn.Parameter(init.uniform(shape, rng, 1 / math.sqrt(math.prod(shape[1:]))))
+        self.proj.bias = nn.Parameter(init.zeros(config.d_model))
 
     def forward(self, pixels):
-        batch, channels, height, width = pixels.shape
-        p = self.patch_size
-        rows, columns = height // p, width // p
-        patches = pixels.reshape(batch, channels, rows, p, columns, p).transpose(0, 2, 4, 1, 3, 5)
-        flat = patches.reshape(batch, rows * columns, channels * p * p)
+        """pixels (B, F, 3, H, W) → (B, F/T · H/P · W/P, D), frame by frame, row by row."""
+        batch, frames, channels, height, width = pixels.shape
+        p, t = self.patch_size, self.frames
+        depth, rows, columns = frames // t, height // p, width // p
+        patches = pixels.reshape(batch, depth, t, channels, rows, p, columns, p).transpose(0, 1, 4, 6, 3, 2, 5, 7)
+        flat = patches.reshape(batch, depth * rows * columns, channels * t * p * p)
         dim = self.proj.weight.shape[0]
         return ops.linear(flat, self.proj.weight.reshape(dim, -1), self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
-    """pixels (B, 3, H, W) float32, normalised → tokens (B, 1 + n, d_model) after the final norm.
+    """pixels (B, 3, H, W) float32, normalised → tokens (B, prefix + n, d_model) after the final norm.
 
     H and W are multiples of the patch size.  Another size than ``config.image_size`` interpolates
-    the learned positions (bicubic, a = -0.75, as Hugging Face's ViT does).  Token 0 is [CLS].
+    the learned positions as ``config.interpolation`` says.  The prefix is [CLS] and the registers, where
+    the model has them.  Models of tubelets also take videos (B, F, 3, H, W); a picture, or a video shorter
+    than a tubelet, is repeated to fill one.
+
+    preprocessing : an image.Preprocessing, as the model was trained.   licence : of weights that say it, or None.
+    family : what the weights were recognised as.
     """
 
     def __init__(self, config, *, rng=None):
         rng = np.random.default_rng(0) if rng is None else rng
         self.config = config
+        self.preprocessing, self.licence, self.family = vit_files.usual(config.image_size), None, "xura"
         dim = config.d_model
-        self.cls_token = nn.Parameter(init.truncated_normal((1, 1, dim), rng))
-        self.pos_embed = nn.Parameter(sine_positions(config.image_size // config.patch_size, dim))
-        self.patch_embed = PatchEmbed(config.patch_size, dim, rng=rng)
+        self.cls_token = nn.Parameter(init.truncated_normal((1, 1, dim), rng)) if config.class_token else None
+        self.pos_embed = None
+        if not config.tubelet_size:
+            self.pos_embed = nn.Parameter(sine_positions(config.side, dim)[:, 1 - config.class_position :])
+        self.reg_token = None
+        if config.registers:
+            self.reg_token = nn.Parameter(init.truncated_normal((1, config.registers, dim), rng))
+        self.patch_embed = PatchEmbed(config, rng=rng)
         self.blocks = nn.ModuleList(Block(config, rng=rng) for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.norm_eps)
         for depth, block in enumerate(self.blocks, 1):  # branches start small, as in the JEPA repositories
@@ -169,57 +256,147 @@ class VisionTransformer(nn.Module):
             block.mlp.fc2.weight.data /= math.sqrt(2 * depth)
 
     def forward(self, pixels):
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ShapeError(f"pixels have shape {pixels.shape}; expected (batch, 3, height, width)")
-        p = self.config.patch_size
-        height, width = pixels.shape[2:]
-        if height % p or width % p or not height or not width:
-            raise ShapeError(f"image of {height} × {width} pixels; both must be positive multiples of {p}")
-        x = self.patch_embed(pixels)
-        cls = ops.broadcast_to(self.cls_token, shape=(x.shape[0], 1, x.shape[2]))
-        x = ops.concatenate(cls, x, axis=1) + self._positions(height // p, width // p)
+        x = self.patch_embed(self._frames(pixels))
+        turn = None
+        if self.config.tubelet_size:
+            turn = Rotary(np.arange(x.shape[1]), self.config.side, self.config.d_model // self.config.n_heads, x.dtype)
+        else:
+            p = self.config.patch_size
+            x = self._with_prefix(x, self._positions(pixels.shape[2] // p, pixels.shape[3] // p))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, turn)
         return self.norm(x)
 
+    def _frames(self, pixels):
+        """(B, F, 3, H, W) with whole tubelets, or ShapeError."""
+        p, tubelet = self.config.patch_size, self.config.tubelet_size
+        video = tubelet and pixels.ndim == 5
+        if pixels.ndim != (5 if video else 4) or pixels.shape[-3] != 3:
+            expected = "(batch, 3, height, width)" + " or (batch, frames, 3, height, width)" * bool(tubelet)
+            raise ShapeError(f"pixels have shape {pixels.shape}; expected {expected}")
+        height, width = pixels.shape[-2:]
+        if height % p or width % p or not height or not width:
+            raise ShapeError(f"image of {height} × {width} pixels; both must be positive multiples of {p}")
+        if not video:
+            pixels = pixels.reshape(pixels.shape[0], 1, *pixels.shape[1:])
+        frames = pixels.shape[1]
+        if 0 < frames < tubelet:
+            pixels = ops.concatenate(*[pixels] * tubelet, axis=1)
+        elif not frames or tubelet and frames % tubelet:
+            raise ShapeError(f"video of {frames} frames; expected a multiple of {max(tubelet, 1)}")
+        return pixels
+
+    def _with_prefix(self, x, positions):
+        """Patch tokens (B, n, d) and the table for them → [CLS], registers and patches, positions added."""
+        def repeated(token):
+            return ops.broadcast_to(token, shape=(x.shape[0], *token.shape[1:]))
+
+        if self.config.class_position:
+            x = ops.concatenate(repeated(self.cls_token), x, axis=1) + positions
+            if self.reg_token is None:
+                return x
+            return ops.concatenate(x[:, :1], repeated(self.reg_token), x[:, 1:], axis=1)
+        prefix = [repeated(token) for token in (self.cls_token, self.reg_token) if token is not None]
+        x = x + positions
+        return ops.concatenate(*prefix, x, axis=1) if prefix else x
+
     def _positions(self, rows, columns):
-        side = self.config.image_size // self.config.patch_size
+        side, first = self.config.side, int(self.config.class_position)
         if (rows, columns) == (side, side):
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].reshape(side, side, -1)
-        grid = ops.einsum(bicubic_matrix(side, rows), grid, equation="ri,ijd->rjd")
-        grid = ops.einsum(bicubic_matrix(side, columns), grid, equation="cj,rjd->rcd")
-        return ops.concatenate(self.pos_embed[:, :1], grid.reshape(1, rows * columns, -1), axis=1)
+        how, dtype = self.config.interpolation, self.pos_embed.dtype
+        grid = self.pos_embed[:, first:].reshape(side, side, -1)
+        grid = ops.einsum(bicubic_matrix(side, rows, how).astype(dtype), grid, equation="ri,ijd->rjd")
+        grid = ops.einsum(bicubic_matrix(side, columns, how).astype(dtype), grid, equation="cj,rjd->rcd")
+        grid = grid.reshape(1, rows * columns, -1)
+        return ops.concatenate(self.pos_embed[:, :1], grid, axis=1) if first else grid
+
+    @no_grad()
+    def at_size(self, image_size):
+        """The same model for pictures of ``image_size``: its table of positions interpolated once for all.
+
+        ``config.n_tokens`` then counts what such pictures give.  Raises ConfigError for a size that is no
+        multiple of the patch size, and for models of tubelets, whose angles belong to one size.
+        """
+        if image_size == self.config.image_size:
+            return self
+        if self.config.tubelet_size:
+            raise ConfigError(f"this model's rotary positions are those of {self.config.image_size} pixels, "
+                              f"not {image_size}")
+        config = self.config.replace(image_size=image_size)
+        state = {**self.state_dict(), "pos_embed": self._positions(config.side, config.side).data}
+        with init.blank():
+            model = type(self)(config)
+        model.load_state_dict(state)
+        model.preprocessing, model.licence, model.family = self.preprocessing, self.licence, self.family
+        return model
 
     @classmethod
     def from_pretrained(cls, directory):
-        """Read a folder with ``config.json`` and ``model.safetensors``, ours, timm's or Hugging Face's.
+        """Read a folder with weights: ours, timm's, Hugging Face's ViT, DINOv2, I-JEPA or V-JEPA 2.
 
-        Raises FormatError for damaged or foreign files, ConfigError for settings that no ViT has,
-        StateDictError if names or shapes do not fit.
+        directory : ``model.safetensors``, or its shards and index, of any float type; ``config.json``;
+            and, where there is one, ``preprocessor_config.json`` and a model card with a licence.
+        Raises FormatError for damaged files and for towers that are no such model (by name), ConfigError for
+        settings that no ViT has, StateDictError, with lists, if names or shapes do not fit.
         """
         directory = Path(directory)
-        state = io.load_safetensors(directory / "model.safetensors")
         settings = io.load_json(directory / "config.json") if (directory / "config.json").exists() else {}
         try:
-            canonical = canonical_state(state)
-            config = config_of(canonical, settings, any("layernorm_before" in name for name in state))
+            with io.open_safetensors(directory) as file:
+                canonical = canonical_state(file, settings)
+                family = family_of(file.keys(), canonical, settings)
+            config = VitConfig.from_dict(settings_of(canonical, settings, family))
         except FormatError as error:
+            if error.path is not None:
+                raise
             raise FormatError(error.reason, directory, error.entry) from None
         stored = sum(array.size for array in canonical.values())
         if config.parameter_count > 2 * stored:  # before a hostile shape asks for all memory
             raise FormatError(f"the shapes are those of {config.parameter_count:,} parameters, "
                               f"but it holds {stored:,}", directory / "model.safetensors")
-        model = cls(config)
+        with init.blank():
+            model = cls(config)
         model.load_state_dict(canonical)
+        model.family = family
+        model.preprocessing = vit_files.read_preprocessing(directory, settings, family, config.image_size)
+        model.licence = vit_files.read_licence(directory, settings)
         return model
 
     def save_pretrained(self, directory):
-        """Write ``config.json`` and ``model.safetensors``, readable by :meth:`from_pretrained`."""
+        """Write ``config.json``, ``model.safetensors`` and ``preprocessor_config.json`` for :meth:`from_pretrained`."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         io.save_safetensors(directory / "model.safetensors", self.state_dict())
-        io.save_json(directory / "config.json", {"model_type": "xura-vit", **self.config.to_dict()})
+        licence = {} if self.licence is None else {"license": self.licence}
+        io.save_json(directory / "config.json", {"model_type": "xura-vit", **self.config.to_dict(), **licence})
+        io.save_json(directory / "preprocessor_config.json", vit_files.preprocessor_settings(self.preprocessing))
+
+
+class Rotary:
+    """V-JEPA 2's rotary positions: ``Rotary(...)(x)`` turns queries or keys x (B, heads, L, width).
+
+    ids (L,) : numbers of the tokens in the whole clip, so that frame = id // side², row and column follow.
+    A head has three slices of 2 ((width // 3) // 2) features, for frame, row and column; the rest stands still.
+    In a slice of s features the rates are 10000^(-2j/s), j < s/2, once for the first half and again for the
+    second, while pairs are neighbours: the two features of a pair may turn at different rates.  That is how
+    the released weights were trained.
+    """
+
+    def __init__(self, ids, side, width, dtype=np.float32):
+        part = 2 * ((width // 3) // 2)
+        rates = 10000.0 ** (-2 * np.arange(part // 2) / part)
+        places = ids // side**2, ids % side**2 // side, ids % side
+        angles = np.zeros((len(ids), width))
+        for i, place in enumerate(places):
+            angles[:, i * part : (i + 1) * part] = np.tile(place[:, None] * rates, 2)
+        self.cos, self.sin = np.cos(angles).astype(dtype), np.sin(angles).astype(dtype)
+        self.swap = np.zeros((width, width), dtype)  # x @ swap: (x0, x1) → (-x1, x0)
+        even = np.arange(0, width - 1, 2)
+        self.swap[even + 1, even], self.swap[even, even + 1] = -1, 1
+
+    def __call__(self, x):
+        return x * self.cos + (x @ self.swap) * self.sin
 
 
 def sine_positions(side, dim):
@@ -238,13 +415,17 @@ def sine_positions(side, dim):
     return table[None]
 
 
-def bicubic_matrix(old, new):
-    """(new, old) float32: resampling of ``old`` places to ``new``.
+def bicubic_matrix(old, new, interpolation="hf"):
+    """(new, old) float32: resampling of ``old`` places to ``new``, see INTERPOLATIONS.
 
-    Cubic convolution (Keys 1981) with a = -0.75, half-pixel centres, clamped borders, no antialias.
+    Cubic convolution (Keys 1981) with half-pixel centres and clamped borders.
     """
+    if interpolation == "timm":
+        return resize_matrix(old, new, "bicubic", antialias=True).astype(np.float32)
+    if interpolation == "hf":
+        return resize_matrix(old, new, "bicubic").astype(np.float32)
     a = -0.75
-    centres = (np.arange(new) + 0.5) * old / new - 0.5
+    centres = (np.arange(new) + 0.5) * old / (new + 0.1) - 0.5
     first = np.floor(centres).astype(int)
     matrix = np.zeros((new, old))
     for tap in range(-1, 3):
@@ -254,116 +435,3 @@ def bicubic_matrix(old, new):
         weight = np.where(distance <= 1, near, np.where(distance < 2, far, 0))
         np.add.at(matrix, (np.arange(new), np.clip(first + tap, 0, old - 1)), weight)
     return matrix.astype(np.float32)
-
-
-# ---------------------------------------------------------------------- names in other people's files
-_PREFIX = re.compile(r"^(?:module\.|vit\.|backbone\.|visual\.trunk\.|vision_encoder\.|"
-                     r"encoder\.(?=cls_token|pos_embed|patch_embed|blocks\.|norm\.))+")
-_ALIASES = [
-    (r"embeddings\.cls_token", "cls_token"),
-    (r"embeddings\.position_embeddings", "pos_embed"),
-    (r"embeddings\.patch_embeddings\.projection\.(weight|bias)", r"patch_embed.proj.\1"),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_before\.(weight|bias)", r"blocks.\1.norm1.\2"),
-    (r"(?:encoder\.layer|layers)\.(\d+)\.layernorm_after\.(weight|bias)", r"blocks.\1.norm2.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(weight|bias)",
-     r"blocks.\1.attn.\2.\3"),
-    (r"layers\.(\d+)\.attention\.q_proj\.(weight|bias)", r"blocks.\1.attn.query.\2"),
-    (r"layers\.(\d+)\.attention\.k_proj\.(weight|bias)", r"blocks.\1.attn.key.\2"),
-    (r"layers\.(\d+)\.attention\.v_proj\.(weight|bias)", r"blocks.\1.attn.value.\2"),
-    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
-    (r"layers\.(\d+)\.attention\.o_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
-    (r"encoder\.layer\.(\d+)\.intermediate\.dense\.(weight|bias)", r"blocks.\1.mlp.fc1.\2"),
-    (r"encoder\.layer\.(\d+)\.output\.dense\.(weight|bias)", r"blocks.\1.mlp.fc2.\2"),
-    (r"layers\.(\d+)\.mlp\.(fc[12])\.(weight|bias)", r"blocks.\1.mlp.\2.\3"),
-    (r"layernorm\.(weight|bias)", r"norm.\1"),
-]
-_IGNORED = re.compile(r"^(head|classifier|pooler|fc_norm)\.|mask_token$")
-_FOREIGN = {  # the first that any name matches
-    r"attn_pool\.|vision_model\.head\.": "a SigLIP tower",
-    r"norm_pre\.|ln_pre\.|pre_layrnorm\.|visual\.conv1|^vision_model\.|^text_model\.": "a CLIP tower",
-    r"weights_in|mlp\.w12|mlp\.w3": "a DINOv2 model with SwiGLU",
-    r"rope|fc1_g|inner_attn_ln|attn\.q_bias|attn\.[qkv]_proj\.": "an EVA model",
-    r"patch_embeddings\.proj\.": "a V-JEPA 2 model",
-    r"layer_scale|\.ls[12]\.|register_tokens|reg_token": "a DINOv2 model (layer scale or registers)",
-    r"attn\.[qk]_norm\.": "a model that normalises queries and keys",
-    r"cls_pos_embed|dist_token|relative_position": "a DeiT, BEiT or similar model",
-}
-
-
-def canonical_state(state):
-    """Rename a ViT's tensors to timm's names, joining separate q, k, v; heads and poolers are left out.
-
-    state : {name: array} as read.  Raises FormatError naming the family if it is no plain ViT.
-    """
-    for pattern, family in _FOREIGN.items():
-        for name in state:
-            if re.search(pattern, name):
-                raise FormatError(f"this is {family}, which is not a plain Vision Transformer", entry=name)
-    renamed, parts = {}, {}
-    for name, array in state.items():
-        short = _PREFIX.sub("", name)
-        if _IGNORED.search(short):
-            continue
-        for pattern, target in _ALIASES:
-            match = re.fullmatch(pattern, short)
-            if match:
-                short = match.expand(target)
-                break
-        joined = re.fullmatch(r"(blocks\.\d+\.attn\.)(query|key|value)(\.weight|\.bias)", short)
-        if joined:
-            parts.setdefault(joined[1] + "qkv" + joined[3], {})[joined[2]] = array
-        elif short in renamed:
-            raise FormatError(f"there are two tensors for {short!r}", entry=name)
-        else:
-            renamed[short] = array
-    for name, pieces in parts.items():
-        if set(pieces) != {"query", "key", "value"}:
-            raise FormatError(f"has only {sorted(pieces)} of query, key and value", entry=name)
-        if len({piece.shape for piece in pieces.values()}) != 1 or name in renamed:
-            raise FormatError("query, key and value differ in shape, or are there twice", entry=name)
-        renamed[name] = np.concatenate([pieces["query"], pieces["key"], pieces["value"]])
-    return renamed
-
-
-# Published widths whose number of heads is known; what no tensor's shape shows.
-_HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1280: 16, 1408: 16, 1664: 16}
-_ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
-
-
-def config_of(state, settings, hugging_face=False):
-    """VitConfig from the shapes; from ``config.json`` what no shape shows: heads, epsilon, activation.
-
-    state : {timm's name: array}.   settings : ours, timm's or Hugging Face's, may be empty.
-    hugging_face : whether the names were Hugging Face's, whose default epsilon is 1e-12.
-    """
-    if not isinstance(settings, dict):
-        raise FormatError(f"config.json holds a {type(settings).__name__}, not an object")
-    try:
-        dim, _, patch, _ = state["patch_embed.proj.weight"].shape
-        _, places, _ = state["pos_embed"].shape
-        hidden, _ = state["blocks.0.mlp.fc1.weight"].shape
-    except (KeyError, ValueError) as error:
-        raise FormatError(f"these are not the tensors of a Vision Transformer: {error}") from None
-    said = settings.get("model_args") or {}  # timm writes there what differs from the architecture's default
-    said = {**settings, **said} if isinstance(said, dict) else settings
-
-    def first(*names, default):
-        return next((said[name] for name in names if name in said), default)
-
-    heads = first("n_heads", "num_attention_heads", "num_heads", default=_HEADS.get(dim))
-    if heads is None:
-        raise FormatError(f"config.json names no number of heads (num_attention_heads) for {dim} features")
-    activation = first("activation", "hidden_act", default="gelu")
-    if isinstance(activation, str):
-        activation = _ACTIVATION_NAMES.get(activation, activation)
-    return VitConfig.from_dict({
-        "image_size": math.isqrt(max(places - 1, 0)) * patch,
-        "patch_size": patch,
-        "d_model": dim,
-        "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
-        "n_heads": heads,
-        "mlp_ratio": hidden / dim,
-        "norm_eps": first("norm_eps", "layer_norm_eps", default=1e-12 if hugging_face else 1e-6),
-        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
-        "activation": activation,
-    })

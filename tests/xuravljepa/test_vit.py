@@ -201,28 +201,37 @@ def test_every_family_gives_one_model(tmp_path):
 FOREIGN = {
     "blocks.0.attn.qkv.weight norm_pre.weight": "CLIP",
     "vision_model.pre_layrnorm.weight": "CLIP",
+    "embeddings.class_embedding encoder.layers.0.self_attn.q_proj.weight": "CLIP",
     "visual.conv1.weight visual.ln_pre.weight": "CLIP",
+    "visual.transformer.resblocks.0.ln_1.weight": "CLIP",
     "blocks.0.attn.qkv.weight attn_pool.latent": "SigLIP",
     "vision_model.encoder.layers.0.layer_norm1.weight vision_model.head.probe": "SigLIP",
-    "blocks.0.mlp.w12.weight blocks.0.ls1.gamma": "SwiGLU",
-    "encoder.layer.0.layer_scale1.lambda1 encoder.layer.0.mlp.weights_in.weight": "SwiGLU",
+    "encoder.layers.0.self_attn.q_proj.weight head.probe": "SigLIP",
     "blocks.0.attn.q_bias rope.bands": "EVA",
     "blocks.0.mlp.fc1_g.weight": "EVA",
-    "encoder.embeddings.patch_embeddings.proj.weight": "V-JEPA 2",
-    "blocks.0.ls1.gamma": "DINOv2",
-    "embeddings.register_tokens": "DINOv2",
-    "blocks.0.attn.q_norm.weight": "normalises queries",
+    "layer.0.attention.q_proj.weight embeddings.patch_embeddings.weight": "DINOv3",
+    "blocks.0.attn.qkv.weight rope_embed.periods": "DINOv3",
     "blocks.0.attn.relative_position_bias_table": "BEiT",
+    "encoder.layer.0.lambda_1": "BEiT",
+    "embeddings.distillation_token": "DeiT",
 }
 
 
 @pytest.mark.parametrize("names", FOREIGN)
-def test_what_is_no_plain_vit_is_refused_by_its_family(names, tmp_path):
+def test_another_tower_is_refused_by_its_name(names, tmp_path):
     state = {name: np.zeros((2, 2), np.float32) for name in ("cls_token", *names.split())}
     folder = write(tmp_path / "foreign", state, {})
-    with pytest.raises(FormatError, match=f"this is .*{FOREIGN[names]}.*which is not a plain") as caught:
+    with pytest.raises(FormatError, match=f"this is .*{FOREIGN[names]}.*which needs another") as caught:
         VisionTransformer.from_pretrained(folder)
     assert str(folder) in str(caught.value) and caught.value.entry in names
+
+
+@pytest.mark.parametrize("settings, family", [
+    ({"architecture": "vit_base_patch16_siglip_gap_224"}, "SigLIP"), ({"model_type": "clip_vision_model"}, "CLIP"),
+    ({"architecture": "eva02_tiny_patch14_224"}, "EVA"), ({"model_type": "dinov3_vit"}, "DINOv3")])
+def test_a_tower_with_plain_names_is_refused_by_its_settings(settings, family, tmp_path):
+    with pytest.raises(FormatError, match=f"this is .*{family}"):
+        VisionTransformer.from_pretrained(write(tmp_path / "foreign", model_state(), settings))
 
 
 # ---------------------------------------------------------------------- files
