@@ -56,7 +56,7 @@ _FOREIGN = {  # the first that any name matches
     r"attn_pool\.|(?:^|\.)head\.probe$": "a SigLIP tower",
     r"norm_pre\.|ln_pre\.|pre_layrnorm\.|class_embedding$|visual\.conv1|^vision_model\.|^text_model\.|resblocks\.":
         "a CLIP tower",
-    r"self_attn\.[qkv]_proj\.": "a CLIP or SigLIP tower",
+    r"encoder\.layers\.\d+\.self_attn\.": "a CLIP or SigLIP tower",
     r"rope_embed|^(?:model\.)?layer\.\d+\.|patch_embeddings\.(?:weight|bias)$": "a DINOv3 model",
     r"rope|fc1_g|inner_attn_ln|attn\.[qv]_bias|attn\.[qkv]_proj\.": "an EVA model",
     r"cls_pos_embed|dist_token|distillation_token|relative_position|\.lambda_[12]$|\.gamma_[12]$":
