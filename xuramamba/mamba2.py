@@ -13,7 +13,7 @@ from xuracore import nn, ops
 from xuracore.config import Config, require
 from xuracore.errors import ShapeError
 from xuracore.nn import Module, Parameter, init
-from xuracore.ops.chunked import sequences
+from xuracore.ops.blocks import sequences
 from xuracore.tensor import Tensor
 from xuramamba import packed
 from xuramamba.mamba1 import DepthwiseConv

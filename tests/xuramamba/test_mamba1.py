@@ -110,25 +110,6 @@ def test_the_past_does_not_see_the_future():
     np.testing.assert_array_equal(one[:, :4], two[:, :4])
 
 
-def test_gradient_through_a_carried_state_is_the_full_gradient():
-    mixer, x = build(), sequence()
-
-    def gradients(cut):
-        mixer.zero_grad()
-        tensor = xc.Tensor(x, requires_grad=True)
-        if cut:
-            first, state = mixer(tensor[:, :4])
-            second, _ = mixer(tensor[:, 4:], state)
-            loss = (first * first).sum() + (second * second).sum()
-        else:
-            y, _ = mixer(tensor)
-            loss = (y * y).sum()
-        loss.backward()
-        return [tensor.grad] + [parameter.grad for parameter in mixer.parameters()]
-
-    for whole, chained in zip(gradients(False), gradients(True)):
-        np.testing.assert_allclose(chained, whole, rtol=1e-9, atol=1e-11)
-
 
 def test_gradient_reaches_the_initial_state():
     mixer, x = build(), sequence(length=3)

@@ -177,26 +177,6 @@ def test_the_gradient_of_packed_sequences_is_that_of_separate_ones():
         close(a, b)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_gradient_through_a_carried_state_is_the_full_gradient(variant):
-    mixer, x = build(**VARIANTS[variant]), sequence()
-
-    def gradients(cut):
-        mixer.zero_grad()
-        tensor = xc.Tensor(x, requires_grad=True)
-        if cut:
-            first, state = mixer(tensor[:, :4])
-            second, _ = mixer(tensor[:, 4:], state)
-            loss = (first * first).sum() + (second * second).sum()
-        else:
-            y, _ = mixer(tensor)
-            loss = (y * y).sum()
-        loss.backward()
-        return [tensor.grad] + [parameter.grad for parameter in mixer.parameters()]
-
-    for whole, chained in zip(gradients(False), gradients(True)):
-        close(chained, whole, 1e-9)
-
 
 def test_gradient_reaches_the_initial_state():
     mixer, x = build(), sequence(length=3)

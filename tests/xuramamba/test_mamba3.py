@@ -103,26 +103,6 @@ def test_sequences_of_a_batch_do_not_meet():
     close(run(mixer, x[order])[0], run(mixer, x)[0][order], 1e-12)
 
 
-@pytest.mark.parametrize("variant", ["siso", "mimo norm"])
-def test_gradient_through_a_carried_state_is_the_full_gradient(variant):
-    mixer, x = build(**VARIANTS[variant]), sequence()
-
-    def gradients(cut):
-        mixer.zero_grad()
-        tensor = xc.Tensor(x, requires_grad=True)
-        if cut:
-            first, state = mixer(tensor[:, :4])
-            second, _ = mixer(tensor[:, 4:], state)
-            loss = (first * first).sum() + (second * second).sum()
-        else:
-            y, _ = mixer(tensor)
-            loss = (y * y).sum()
-        loss.backward()
-        return [tensor.grad] + [parameter.grad for parameter in mixer.parameters()]
-
-    for whole, chained in zip(gradients(False), gradients(True)):
-        close(chained, whole, 1e-9)
-
 
 def test_gradient_reaches_the_initial_state():
     mixer, x = build(**VARIANTS["mimo"]), sequence(length=3)

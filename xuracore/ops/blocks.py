@@ -3,8 +3,8 @@
 import numpy as np
 
 from xuracore.autograd import is_grad_enabled
-from xuracore.ops import arrays
 from xuracore.errors import ShapeError
+from xuracore.ops import arrays
 
 SCRATCH_BYTES = 1 << 18  # recomputed states of one block of tokens: a part of a core's L2 cache
 

@@ -11,31 +11,11 @@ import numpy as np
 
 from xuracore import threads
 from xuracore.autograd import is_grad_enabled
-from xuracore.errors import ShapeError
 from xuracore.kernels import ssd
 
 CHUNK_ROWS = 64  # half of a chunk's scores are wasted above the diagonal, so not many more
 RUNS = 4  # tasks of one call, at least, where there are heads enough
 TOKEN_BY_TOKEN = 8  # up to this length the plain recurrence is faster than products of such few rows
-
-
-def sequences(shape, cu_seqlens, op):
-    """(batch, start, stop) of each sequence in arrays (B, L, …): whole rows, or the parts of a packed one.
-
-    cu_seqlens : None, or (n + 1,) integers from 0 to L, never falling, with B = 1.
-    """
-    batch, length = shape[:2]
-    if cu_seqlens is None:
-        return [(b, 0, length) for b in range(batch)]
-    edges = np.asarray(cu_seqlens)
-    if edges.ndim != 1 or edges.dtype.kind not in "iu" or len(edges) < 2 or batch != 1:
-        raise ShapeError(
-            f"{op}: cu_seqlens has shape {edges.shape} and type {edges.dtype}, the batch size is {batch}; "
-            "expected (n + 1,) integers, and one packed row"
-        )
-    if edges[0] != 0 or edges[-1] != length or (np.diff(edges.astype(np.int64)) < 0).any():
-        raise ShapeError(f"{op}: cu_seqlens must rise from 0 to the length {length}; got {edges.tolist()}")
-    return [(0, int(start), int(stop)) for start, stop in zip(edges, edges[1:])]
 
 
 def _runs(spans, groups, heads):

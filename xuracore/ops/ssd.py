@@ -6,8 +6,8 @@ import numpy as np
 
 from xuracore.errors import ConfigError, ShapeError
 from xuracore.kernels import activation
-from xuracore.ops.blocks import contiguous
-from xuracore.ops.chunked import CHUNK_ROWS, Grouped, scan, scan_gradient, sequences
+from xuracore.ops.blocks import contiguous, sequences
+from xuracore.ops.chunked import CHUNK_ROWS, Grouped, scan, scan_gradient
 from xuracore.ops.registry import primitive
 
 

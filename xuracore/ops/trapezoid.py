@@ -24,8 +24,8 @@ import numpy as np
 from xuracore.autograd import is_grad_enabled
 from xuracore.errors import ConfigError, ShapeError
 from xuracore.kernels import activation, trapezoid
-from xuracore.ops.blocks import contiguous
-from xuracore.ops.chunked import CHUNK_ROWS, scan, scan_gradient, sequences
+from xuracore.ops.blocks import contiguous, sequences
+from xuracore.ops.chunked import CHUNK_ROWS, scan, scan_gradient
 from xuracore.ops.registry import primitive
 
 
