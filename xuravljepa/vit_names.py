@@ -58,7 +58,7 @@ _FOREIGN = {  # the first that any name matches
         "a CLIP tower",
     r"encoder\.layers\.\d+\.self_attn\.": "a CLIP or SigLIP tower",
     r"rope_embed|^(?:model\.)?layer\.\d+\.|patch_embeddings\.(?:weight|bias)$": "a DINOv3 model",
-    r"rope|fc1_g|inner_attn_ln|attn\.[qv]_bias|attn\.[qkv]_proj\.": "an EVA model",
+    r"rope|fc1_g|inner_attn_ln|\battn\.[qv]_bias|\battn\.[qkv]_proj\.": "an EVA model",
     r"cls_pos_embed|dist_token|distillation_token|relative_position|\.lambda_[12]$|\.gamma_[12]$":
         "a DeiT, BEiT or similar model",
 }
