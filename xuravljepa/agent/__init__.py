@@ -10,6 +10,7 @@ _HOME = {
     "budget": ("Budget",),
     "builtin": ("KnowledgeBase", "MemorySearch", "add", "calculator", "echo"),
     "errors": ("ArgumentError", "MemoryBusyError", "ReplayError", "ToolError"),
+    "recall": ("Recollection",),
     "memory": ("Memory", "MemoryConfig", "VisualMemory"),
     "picture": ("draw_scenes", "write_png"),
     "recursion": ("Outcome", "PatternSelector", "Proposal", "Reading", "RecursionConfig", "RecursionLayer"),

@@ -10,6 +10,7 @@ The agent owns the loop; the model knows nothing of tools.
 import dataclasses
 import datetime
 import hashlib
+import time
 import uuid
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import numpy as np
 from xuracore import io, no_grad
 from xuracore.errors import FormatError, ShapeError
 from xuracore.tensor import Tensor
+from xuravljepa import angn
 from xuravljepa.agent.builtin import KnowledgeBase
 from xuravljepa.agent.confusion import monitor_features
 from xuravljepa.agent.errors import ReplayError
@@ -29,7 +31,7 @@ from xuravljepa.agent.tools import ToolRegistry, ToolResult, Usefulness
 from xuravljepa.agent.trace import Replay, Run
 from xuravljepa.model import CAPTION_QUERY, PRESETS, SHIPPED, VLJEPA
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,11 @@ class Agent:
 
     model : VLJEPA with a closed set of answers.   heads : AgentHeads; without them the agent answers, but
     never doubts.   registry : ToolRegistry, empty by default.   recursion : RecursionConfig.
+    auto_reset : mean activation of the gates (ANGN) under which the agent forgets the picture after its
+    answer, or a stream begins a new segment; None: never.  memory : VisualMemory, see ``open_memory``.
     """
 
-    def __init__(self, model, heads=None, registry=None, recursion=None, name=""):
+    def __init__(self, model, heads=None, registry=None, recursion=None, name="", auto_reset=None):
         self.model, self.name = model.eval(), name
         self.trained = heads is not None
         if heads is None:
@@ -70,7 +74,8 @@ class Agent:
         self.tools = ToolRegistry() if registry is None else registry
         config = self.heads.config
         self.recursion = recursion or RecursionConfig(config.confident_below, config.abstain_above)
-        self._visual, self._picture = None, ""
+        self.auto_reset, self.memory = auto_reset, None
+        self.reset()
         self._cards, self._prices, self._warm = {}, None, False
 
     @classmethod
@@ -141,6 +146,8 @@ class Agent:
         calls = [{"tool": step.tool, "arguments": step.arguments, "result": step.result.text,
                   "ok": step.result.ok, "error": step.result.error and step.result.error.message}
                  for step in outcome.trace.calls()]
+        if self._should_reset(outcome.reading):
+            self.reset()
         text = outcome.answer
         if outcome.unsure:
             text = f"I am not sure. My best guess is: {outcome.answer}"
@@ -169,9 +176,22 @@ class Agent:
             return self._visual
         pixels = self.model.pixels(image)
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-        if digest != self._picture:
-            self._visual, self._picture = self.model.visual_tokens(pixels), digest
+        if digest != self._picture or self._pixels is None:  # tokens from a file are not taken for a picture's
+            self._visual, self._picture, self._pixels = self.model.visual_tokens(pixels), digest, pixels
         return self._visual
+
+    def glance(self, query, visual):
+        """(Reading, confidence) without tools; query : of ``model.query_tokens``, visual : (1, n, d)."""
+        reading = _Reader(self.model, self.heads, query, visual).read(None)
+        return reading, 1 - _Monitor(self.heads, self.trained).p_wrong(reading, 0)
+
+    def reset(self):
+        """Forget the picture: the next question needs one.  The memory on the disk stays."""
+        self._visual, self._picture, self._pixels = None, "", None
+
+    def _should_reset(self, reading):
+        gate = reading.hidden["gate"]
+        return self.auto_reset is not None and bool(angn.context_reset(gate[None], self.auto_reset)[0])
 
     def _plain_answer(self, visual, question):
         """The model's answer without doubt or tools: what fills a tool's argument."""
@@ -194,33 +214,71 @@ class Agent:
         return np.stack([self._cards[text] for text in texts])
 
     # ------------------------------------------------------------------ streams
-    def stream(self, frames, question=CAPTION_QUERY, decoder=None):
+    def stream(self, frames, question=CAPTION_QUERY, decoder=None, times=None):
         """Watch frames and answer ``question`` only where something changed.
 
-        frames : iterable of pictures.   decoder : SelectiveDecoder; its defaults suit the shipped model.
-        Yields (frame number, answer, confidence) at each decision to speak.
+        frames : a folder, or an iterable of pictures.   decoder : SelectiveDecoder; its defaults suit the
+        shipped model.   times : seconds since 1970 of the frames; by default those of a folder's files, or of
+        the clock when a frame comes.
+        Yields (frame number, answer, confidence) at each decision to speak.  With a memory, every new sight
+        is remembered, whether or not it changes the answer, and can be asked about with ``recall``.
         """
+        from xuravljepa.agent.recall import Watching, numbered, picture_of
         from xuravljepa.agent.selective import SelectiveDecoder
 
         decoder = SelectiveDecoder() if decoder is None else decoder
-        monitor = _Monitor(self.heads, self.trained)
+        watching = Watching(self.memory)
         with no_grad():
             query = self.model.query_tokens([question])
-        for number, frame in enumerate(frames):
-            with no_grad():  # not around the yield: the caller's own gradients are not ours to switch off
-                visual = self._see(frame)
-                reading = _Reader(self.model, self.heads, query, visual).read(None)
-                spoken = decoder.push(reading.hidden["embedding"]) is not None
-                confidence = 1 - monitor.p_wrong(reading, 0) if spoken else None
-            if spoken:
-                yield number, reading.answer, confidence
+        try:
+            for number, frame, when, name in numbered(frames, times, time.time):
+                with no_grad():  # not around the yield: the caller's own gradients are not ours to switch off
+                    visual = self._see(frame)
+                    reading, confidence = self.glance(query, visual)
+                    spoken = decoder.push(reading.hidden["embedding"]) is not None
+                    watching.see(visual[0, 0], when, lambda: self.memory.add(
+                        visual[0, 0], picture_of(self._pixels, self.model.config), name, question,
+                        reading.answer, confidence, when))
+                    if self._should_reset(reading):
+                        decoder.reset()
+                if spoken:
+                    yield number, reading.answer, confidence
+        finally:
+            watching.end()
+
+    # ------------------------------------------------------------------ memory
+    def open_memory(self, directory, config=None, read_only=False):
+        """Remember on the disk what streams show, and search it; returns the VisualMemory.
+
+        config : MemoryConfig.   read_only : while another process writes.
+        The tool ``memory_search`` then answers questions that begin with "earlier" or "before".
+        Raises MemoryBusyError where another process writes, FormatError for another model's memory.
+        """
+        from xuravljepa.agent.recall import open_memory
+
+        memory = open_memory(self, directory, config, read_only)
+        if self.memory is not None:
+            self.memory.close()
+        self.memory = memory
+        return memory
+
+    def recall(self, question, k=5, since=None, until=None, like=None):
+        """Ask remembered pictures: [Recollection], of the k seen last, newest first.
+
+        since, until : seconds since 1970.   like : a picture; then of the k most like it, nearest first.
+        Each answer is that of the picture, without tools.  ConfigError without a memory.
+        """
+        from xuravljepa.agent.recall import recall
+
+        return recall(self, question, k, since, until, like)
 
     # ------------------------------------------------------------------ state
     def save_state(self, path):
         """Write what the agent has seen last, so that questions without a picture go on after a restart."""
         if self._visual is None:
             raise ShapeError("the agent has seen nothing yet")
-        about = {"version": str(STATE_VERSION), "picture": self._picture, "x_encoder": self._eyes()}
+        about = {"version": str(STATE_VERSION), "picture": self._picture, "x_encoder": self.eyes(),
+                 "sha256": hashlib.sha256(self._visual.tobytes()).hexdigest()}
         io.save_safetensors(path, {"visual": self._visual}, about)
 
     def load_state(self, path):
@@ -232,16 +290,18 @@ class Agent:
         if metadata.get("version") != str(STATE_VERSION):
             version = metadata.get("version")
             raise FormatError(f"state version {version!r:.40}; this program reads {STATE_VERSION}", path)
-        if metadata.get("x_encoder") != self._eyes():
+        if metadata.get("x_encoder") != self.eyes():
             raise FormatError("belongs to another model, whose X-Encoder sees differently", path)
         visual, vision = tensors["visual"], self.model.config.vision
         expected = 1, 1 + vision.n_patches, vision.d_model
         if visual.shape != expected or visual.dtype != np.float32 or not np.isfinite(visual).all():
             found = f"{visual.dtype} {visual.shape}"
             raise FormatError(f"expected finite float32 {expected}, got {found}", path, "visual")
-        self._visual, self._picture = visual, metadata.get("picture", "")
+        if hashlib.sha256(visual.tobytes()).hexdigest() != metadata.get("sha256"):
+            raise FormatError("its checksum does not fit: it was damaged", path, "visual")
+        self._visual, self._picture, self._pixels = visual, metadata.get("picture", ""), None
 
-    def _eyes(self):
+    def eyes(self):
         """SHA-256 of the X-Encoder's weights and of how pictures are prepared for it."""
         config = self.model.config
         digest = hashlib.sha256(repr((config.vision, config.mean, config.std)).encode())

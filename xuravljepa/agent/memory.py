@@ -141,6 +141,11 @@ class VisualMemory:
         place = self._append(about, key.astype("<f4").tobytes() + _png(picture), now)
         return self._index(self._next - 1, about, key, place)
 
+    def touch(self, entry, time):
+        """Note that a sight lasted until ``time``; ``seen`` stays as it is."""
+        self._append({"time": time, "source": "", "again": entry.number, "stays": True}, b"", time)
+        entry.last = max(entry.last, time)
+
     def _append(self, about, data, now):
         """Write a record; (segment, offset) of it."""
         if self._lock is None:
@@ -342,7 +347,8 @@ class VisualMemory:
         if "again" in about:
             known = self._by_number.get(about["again"])  # it may be gone by now
             if known is not None:
-                known.last, known.seen = max(known.last, about["time"]), known.seen + 1
+                known.last = max(known.last, about["time"])
+                known.seen += about.get("stays") is not True
             return True
         if len(data) < 4 * self.width:
             return False

@@ -462,7 +462,7 @@ def test_a_damaged_state_is_refused_and_the_picture_stays(agent, tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(FormatError):
             agent.load_state(path)
-    foreign = [({"visual": visual}, {"version": "2"}), ({"visual": visual}, {"x_encoder": "0" * 64})]
+    foreign = [({"visual": visual}, {"version": "1"}), ({"visual": visual}, {"x_encoder": "0" * 64})]
     wrong = visual[:, :3], visual.astype(np.float64), visual * np.nan
     for tensors, more in [({"other": visual}, {}), *foreign, *(({"visual": array}, {}) for array in wrong)]:
         io.save_safetensors(path, tensors, about | more)

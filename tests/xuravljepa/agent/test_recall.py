@@ -1,0 +1,245 @@
+"""What a stream showed can be asked afterwards: with its times, after a restart, with the answer of then."""
+
+import os
+import re
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from xuracore import io
+from xuracore.errors import ConfigError, FormatError, ShapeError
+from xuravljepa.agent import memory as memories
+from xuravljepa.agent.agent import Agent
+from xuravljepa.agent.errors import MemoryBusyError
+from xuravljepa.agent.heads import AgentConfig, AgentHeads
+from xuravljepa.agent.memory import MemoryConfig
+from xuravljepa.agent.recall import EARLIER, frames_in, picture_of
+from xuravljepa.agent.selective import SelectiveConfig, SelectiveDecoder
+from xuravljepa.model import VLJEPA
+from xuravljepa.presets import VLJEPAConfig
+
+ANSWERS = ("circle", "square", "triangle", "yes", "no", *map(str, range(9)))
+ASKED = "what shape is the red one?"
+NOW = 1.7e9
+KEPT = MemoryConfig(max_age=1e10, sync=False, same=1e-4)  # random weights: all pictures look alike
+
+
+@pytest.fixture(scope="module")
+def model():
+    return VLJEPA(VLJEPAConfig.tiny().replace(answers=ANSWERS), rng=np.random.default_rng(0))
+
+
+@pytest.fixture
+def agent(model):
+    return agent_of(model)
+
+
+def agent_of(model, **more):
+    """An agent that always doubts."""
+    heads = AgentHeads(AgentConfig.for_model(model.config), model.config.predictor, rng=np.random.default_rng(1))
+    heads.monitor.output.weight.data[:] = 0
+    heads.monitor.output.bias.data[:] = 4.0
+    return Agent(model, heads, **more)
+
+
+def picture(seed):
+    return np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+
+
+def watch(agent, seeds, times=None):
+    return list(agent.stream([picture(seed) for seed in seeds], "how many?", times=times))
+
+
+# ---------------------------------------------------------------------- asked afterwards
+def test_an_answer_from_memory_is_that_of_the_picture(agent, model, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    watch(agent, [0, 1, 2], [NOW, NOW + 10, NOW + 20])
+    found = agent.recall(ASKED)
+    assert [one.memory.time - NOW for one in found] == [20, 10, 0]
+    agent.memory.close()
+    later = agent_of(model)  # another program, later
+    later.open_memory(tmp_path, KEPT)
+    for one, then, seed in zip(later.recall(ASKED), found, [2, 1, 0]):
+        reply = agent_of(model).ask(picture(seed), ASKED)
+        assert one == then and one.answer == reply.trace.steps[0].answer
+        assert one.confidence == pytest.approx(1 - reply.trace.steps[0].p_wrong_after)
+        assert one.memory.source == f"frame {seed}" and one.answer in str(one)
+
+
+def test_memories_are_found_by_time_and_by_likeness(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    watch(agent, range(5), [NOW + i for i in range(5)])
+    assert [one.memory.number for one in agent.recall(ASKED, since=NOW + 1, until=NOW + 3)] == [3, 2, 1]
+    found = agent.recall(ASKED, k=2, like=picture(3))
+    assert found[0].memory.number == 3 and found[0].similarity == pytest.approx(1)
+    assert found[1].similarity <= found[0].similarity
+
+
+def test_a_sight_that_stays_is_remembered_once_with_its_end(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    watch(agent, [0] * 10 + [1] * 5 + [0] * 5, [NOW + i for i in range(20)])
+    first, second = agent.memory
+    assert (first.time, first.last, first.seen) == (NOW, NOW + 19, 2)
+    assert (second.time, second.last, second.seen) == (NOW + 10, NOW + 14, 1)
+    agent.memory.close()
+    assert [(entry.last, entry.seen) for entry in agent.open_memory(tmp_path, KEPT)] == [
+        (first.last, 2), (second.last, 1)]
+
+
+def test_a_change_is_remembered_even_where_the_answer_stays(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    deaf = SelectiveDecoder(SelectiveConfig(drift=1.9))
+    assert len(list(agent.stream([picture(0), picture(1), picture(2)], ASKED, deaf))) == 1
+    assert len(agent.memory) == 3
+
+
+def test_the_stream_may_end_early(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    stream = agent.stream((picture(0) for _ in range(100)), ASKED)
+    next(stream)
+    stream.close()
+    assert len(agent.memory) == 1
+
+
+def test_asking_memory_leaves_the_picture_in_view(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    watch(agent, [0, 1])
+    before = agent.ask(picture(5), ASKED).trace.run.image
+    agent.recall(ASKED, like=picture(0))
+    assert agent.ask(None, ASKED).trace.run.image == before
+
+
+def test_pixels_are_remembered_exactly(model):
+    every = np.arange(256, dtype=np.uint8).repeat(48).reshape(64, 64, 3)
+    assert np.array_equal(picture_of(model.pixels(every), model.config), every)
+
+
+# ---------------------------------------------------------------------- the tool
+def test_the_agent_searches_its_memory_itself(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    watch(agent, [0, 1], [NOW, NOW + 1])
+    reply = agent.ask(picture(7), f"earlier: {ASKED}")
+    (call,) = reply.tool_calls[:1]
+    assert call["tool"] == "memory_search" and call["ok"] and call["arguments"] == {"question": ASKED}
+    expected = max(agent.recall(ASKED), key=lambda one: one.confidence)
+    assert call["result"] == expected.answer
+    value = reply.trace.calls()[0].result.value
+    assert [entry["time"] for entry in value] == [NOW + 1, NOW]
+    assert agent.ask(None, ASKED).tool_calls == []
+
+
+def test_an_empty_memory_is_a_failed_call_not_an_error(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    (call,) = agent.ask(picture(7), f"before, {ASKED}").tool_calls[:1]
+    assert not call["ok"] and "nothing was seen" in call["error"]
+
+
+# ---------------------------------------------------------------------- folders, times and mistakes
+def test_a_folder_is_a_stream_in_the_order_of_its_numbers(agent, tmp_path):
+    agent.open_memory(tmp_path / "memory", KEPT)
+    for i in (10, 2, 1):
+        path = tmp_path / f"frame{i}.png"
+        Image.fromarray(picture(i)).save(path)
+        os.utime(path, (NOW + i, NOW + i))
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert [path.name for path in frames_in(tmp_path)] == ["frame1.png", "frame2.png", "frame10.png"]
+    assert next(agent.stream(tmp_path, "how many?"))[0] == 0
+    list(agent.stream(str(tmp_path)))
+    assert [(os.path.basename(entry.source), entry.time - NOW) for entry in agent.memory] == [
+        ("frame1.png", 1), ("frame2.png", 2), ("frame10.png", 10)]
+
+
+def test_what_is_no_stream_is_refused(agent, tmp_path):
+    with pytest.raises(FormatError, match="no folder"):
+        next(agent.stream(str(tmp_path / "missing")))
+    with pytest.raises(ConfigError, match="times"):
+        watch(agent, [0, 1], [NOW])
+    with pytest.raises(ConfigError, match="open_memory"):
+        agent.recall(ASKED)
+    agent.open_memory(tmp_path)
+    with pytest.raises(ShapeError):
+        agent.recall(" ")
+
+
+def test_another_models_memory_is_refused(agent, tmp_path):
+    mine = agent.open_memory(tmp_path / "a", KEPT)
+    watch(agent, [0])
+    other = agent_of(VLJEPA(VLJEPAConfig.tiny().replace(answers=ANSWERS), rng=np.random.default_rng(9)))
+    with pytest.raises(MemoryBusyError):
+        other.open_memory(tmp_path / "a")
+    mine.close()
+    with pytest.raises(FormatError, match="another model"):
+        other.open_memory(tmp_path / "a", read_only=True)
+    assert other.memory is None
+
+
+def test_a_memory_for_reading_is_asked_but_not_written(agent, model, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    watch(agent, [0])
+    reader = agent_of(model)
+    reader.open_memory(tmp_path, KEPT, read_only=True)
+    watch(reader, [3, 4])
+    assert len(reader.recall(ASKED)) == 1
+
+
+def test_a_full_disk_does_not_stop_watching(agent, tmp_path, monkeypatch):
+    agent.open_memory(tmp_path, KEPT)
+
+    def full(file, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(memories, "_write", full)
+    with pytest.warns(UserWarning, match="cannot remember: No space left"):
+        assert watch(agent, [0, 1])
+    monkeypatch.undo()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        watch(agent, [2])
+    assert len(agent.memory) == 1
+
+
+def test_a_lost_picture_is_a_warning(agent, tmp_path):
+    agent.open_memory(tmp_path, KEPT)
+    watch(agent, [0, 1])
+    path = next(tmp_path.glob("*.log"))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.warns(UserWarning, match="lost"):
+        assert len(agent.recall(ASKED)) == 1
+
+
+# ---------------------------------------------------------------------- state
+def test_the_gates_reset_the_context_when_told_to(model):
+    patient, strict = agent_of(model, auto_reset=0.01), agent_of(model, auto_reset=0.99)
+    for agent in (agent_of(model), patient):
+        agent.ask(picture(0), ASKED)
+        agent.ask(None, ASKED)
+    answer = strict.ask(picture(0), ASKED).answer
+    assert answer == patient.ask(picture(0), ASKED).answer
+    with pytest.raises(ShapeError, match="no picture"):
+        strict.ask(None, ASKED)
+    frames = [picture(0)] * 4
+    assert len(list(patient.stream(frames))) == 1 and len(list(strict.stream(frames))) == 4
+
+
+def test_a_state_cannot_stand_in_for_a_picture(agent, model, tmp_path):
+    """A file that claims another picture's digest does not change what is seen in that picture."""
+    honest = agent.ask(picture(0), ASKED)
+    agent.save_state(tmp_path / "state")
+    about = io.read_metadata(tmp_path / "state")
+    agent.ask(picture(1), ASKED)
+    agent.save_state(tmp_path / "other")
+    other = io.load_safetensors(tmp_path / "other")
+    forged = io.read_metadata(tmp_path / "other") | {"picture": about["picture"]}
+    io.save_safetensors(tmp_path / "forged", other, forged)
+    victim = agent_of(model)
+    victim.load_state(tmp_path / "forged")
+    reply = victim.ask(picture(0), ASKED)
+    assert reply.trace.steps[0].candidates == honest.trace.steps[0].candidates
+
+
+def test_only_what_speaks_of_earlier_goes_to_memory():
+    pattern = re.compile(EARLIER, re.IGNORECASE)
+    assert pattern.search("Earlier, what was it?")[1] == "what was it?"
+    assert not pattern.search("what is earlier than red?") and not pattern.search("beforehand?")
