@@ -42,8 +42,7 @@ class VLJEPA(nn.Module):
     # ------------------------------------------------------------------ inputs
     def pixels(self, image):
         """A path, array or PIL image → (1, 3, S, S) float32, normalised for this model."""
-        size = self.config.vision.image_size
-        return images.load(image, size, self.config.mean, self.config.std)[None]
+        return images.prepare(image, self.config.preprocessing)[None]
 
     def query_tokens(self, questions):
         """Texts → (B, W, P) bytes of their words, padded with PAD.
@@ -69,7 +68,7 @@ class VLJEPA(nn.Module):
 
     @no_grad()
     def visual_tokens(self, pixels):
-        """pixels (B, 3, S, S) → (B, 1 + n, d) array; the X-Encoder is frozen."""
+        """pixels (B, 3, S, S) → (B, n_tokens, d) array; the X-Encoder is frozen."""
         return self.x_encoder(pixels).data
 
     # ------------------------------------------------------------------ answers

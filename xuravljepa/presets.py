@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from xuracore.config import Config, require
 from xuracore.errors import ConfigError
 from xuravljepa.decoder import DecoderConfig
+from xuravljepa.image import Preprocessing
 from xuravljepa.predictor import PredictorConfig
 from xuravljepa.text import TextEncoderConfig
 from xuravljepa.vit import VitConfig
@@ -15,7 +16,7 @@ class VLJEPAConfig(Config):
     """All parts of a VL-JEPA, and the closed set of answers it was taught.
 
     answers : texts that ``answer`` chooses from; an empty tuple means free decoding.
-    mean, std : normalisation of the pixels.
+    mean, std : normalisation of the pixels.   resize, short, filter : as in image.Preprocessing.
     """
 
     vision: VitConfig = field(default_factory=VitConfig.large)
@@ -25,9 +26,13 @@ class VLJEPAConfig(Config):
     answers: tuple[str, ...] = ()
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resize: str = "squash"
+    short: int | None = None
+    filter: str = "bicubic"
 
     def __post_init__(self):
         require(min(self.std) > 0, f"std is {self.std}; expected positive numbers")
+        self.preprocessing  # refuses what is no recipe
         width = self.predictor.embed_dim
         require(self.text.embed_dim == width and self.decoder.embed_dim == width,
                 f"embed_dim differs: predictor {width}, text {self.text.embed_dim}, "
@@ -35,8 +40,28 @@ class VLJEPAConfig(Config):
         require(self.predictor.vision_dim == self.vision.d_model,
                 f"predictor.vision_dim {self.predictor.vision_dim} is not "
                 f"vision.d_model {self.vision.d_model}")
-        require(self.predictor.n_visual == 1 + self.vision.n_patches,
-                f"predictor.n_visual {self.predictor.n_visual} is not 1 + {self.vision.n_patches} patches")
+        vision = self.vision
+        require(self.predictor.n_visual == vision.n_tokens,
+                f"predictor.n_visual {self.predictor.n_visual} is not {vision.n_prefix} + {vision.n_patches} patches")
+
+    @property
+    def preprocessing(self):
+        """How pictures are brought to the X-Encoder, an image.Preprocessing."""
+        return Preprocessing(self.vision.image_size, self.mean, self.std, self.resize, filter=self.filter,
+                             short=self.short)
+
+    def with_encoder(self, encoder):
+        """The same for another X-Encoder, a VisionTransformer: its sizes and its preprocessing.
+
+        Raises ConfigError if the encoder is not at the size of its own preprocessing (``encoder.at_size``).
+        """
+        vision, recipe = encoder.config, encoder.preprocessing
+        require(recipe.size == vision.image_size, f"the encoder takes {vision.image_size} pixels, its preprocessing "
+                f"gives {recipe.size}: use encoder.at_size({recipe.size})")
+        predictor = self.predictor.replace(vision_dim=vision.d_model, n_visual=vision.n_tokens)
+        short = None if recipe.resized == recipe.size else recipe.resized
+        return self.replace(vision=vision, predictor=predictor, mean=recipe.mean, std=recipe.std,
+                            resize=recipe.resize, short=short, filter=recipe.filter)
 
     @classmethod
     def tiny(cls):

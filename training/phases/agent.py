@@ -155,10 +155,9 @@ def _note(found, model, reading, strangeness, answers, truth, index, depth, chan
 def strange_readings(model, heads, rows, count, seed=0, batch_size=64):
     """Readings of questions about pictures that are no scenes: every answer counts as wrong."""
     parts = []
-    size = model.config.vision.image_size
     for start in range(0, count, batch_size):
         number = min(batch_size, count - start)
-        pixels = np.stack([images.load(strange_image(start + i, seed), size, model.config.mean, model.config.std)
+        pixels = np.stack([images.prepare(strange_image(start + i, seed), model.config.preprocessing)
                            for i in range(number)])
         chosen = [rows[(start + i) % len(rows)] for i in range(number)]
         visual = model.visual_tokens(pixels)

@@ -17,6 +17,7 @@ from xuracore.errors import FormatError
 from xuravljepa.model import SHIPPED, VLJEPA
 from xuravljepa.presets import VLJEPAConfig
 from xuravljepa.vit import VisionTransformer
+from xuravljepa.vit_names import FAMILIES
 
 EPILOG = """\
 Data: a folder with manifest.jsonl (see training/README.md), or generated scenes with questions and tool
@@ -56,7 +57,10 @@ def data_sets(args):
 def frozen_encoder(args, config, rng):
     """The X-Encoder: --vit, or the shipped tiny one, or random weights with a warning."""
     if args.vit:
-        return VisionTransformer.from_pretrained(args.vit)
+        encoder = VisionTransformer.from_pretrained(args.vit)
+        options.say(args, f"X-Encoder: {FAMILIES[encoder.family]}, {encoder.parameter_count():,} parameters, pictures "
+                    f"of {encoder.preprocessing.size}; licence: {encoder.licence or 'not stated'}")
+        return encoder.at_size(encoder.preprocessing.size)
     if args.preset == "tiny" and (SHIPPED / "tiny" / "model.safetensors").exists():
         options.say(args, "no --vit: using the X-Encoder of the shipped tiny model")
         return VLJEPA.from_pretrained("tiny").x_encoder
@@ -85,6 +89,8 @@ def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=5000, batch_size=32, lr=2e-3, warmup=200,
                                      weight_decay=0.02, output_dir="runs/jepa")
     parser.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the frozen X-Encoder's weights")
+    parser.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here (float16, found by "
+                        "the pictures' bytes), so that no run encodes a picture again")
     parser.add_argument("--turns", type=options.positive, default=8, metavar="N",
                         help="questions per picture in one sequence (default 8)")
     parser.add_argument("--lesson", type=int, metavar="BATCHES",
@@ -105,11 +111,8 @@ def main(argv=None):
     answers = tuple(sorted({row.answer for row in [*train_rows, *held_rows]} | set(NUMBERS if generated else ())))
     config = VLJEPAConfig.preset(args.preset)
     encoder = frozen_encoder(args, config, rng)
-    if encoder.config != config.vision:
-        config = config.replace(
-            vision=encoder.config,
-            predictor=config.predictor.replace(vision_dim=encoder.config.d_model,
-                                               n_visual=1 + encoder.config.n_patches))
+    if (encoder.config, encoder.preprocessing) != (config.vision, config.preprocessing):
+        config = config.with_encoder(encoder)
     model = VLJEPA(config.replace(answers=answers), rng=rng)
     model.x_encoder.load_state_dict(encoder.state_dict())
     model.log_scale.data[...] = -np.log(args.temperature)
@@ -117,7 +120,8 @@ def main(argv=None):
     for name in TRAINED:
         getattr(model, name).requires_grad_()
 
-    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
+    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"),
+                            cache=args.feature_cache)
     model.predictor.fit_vision(features.tokens[:2000])
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
     batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns, lesson)
