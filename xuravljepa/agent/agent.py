@@ -247,16 +247,17 @@ class Agent:
             watching.end()
 
     # ------------------------------------------------------------------ memory
-    def open_memory(self, directory, config=None, read_only=False):
-        """Remember on the disk what streams show, and search it; returns the VisualMemory.
+    def open_memory(self, directory, config=None, read_only=False, tool=False):
+        """Remember on the disk what streams show, for ``recall``; returns the VisualMemory.
 
-        config : MemoryConfig.   read_only : while another process writes.
-        The tool ``memory_search`` then answers questions that begin with "earlier" or "before".
+        config : MemoryConfig.   read_only : while another process writes.   tool : register ``memory_search``
+        for questions that begin with "earlier" or "before".  The shipped injector was not taught to take in
+        what it says; ``recall`` needs no injector.
         Raises MemoryBusyError where another process writes, FormatError for another model's memory.
         """
         from xuravljepa.agent.recall import open_memory
 
-        memory = open_memory(self, directory, config, read_only)
+        memory = open_memory(self, directory, config, read_only, tool)
         if self.memory is not None:
             self.memory.close()
         self.memory = memory

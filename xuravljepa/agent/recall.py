@@ -53,11 +53,11 @@ def clock_text(seconds):
         return f"{seconds:.0f} s"
 
 
-def open_memory(agent, directory, config=None, read_only=False):
-    """The VisualMemory of an agent; its ``memory_search`` tool is registered where there is none yet."""
+def open_memory(agent, directory, config=None, read_only=False, tool=False):
+    """See ``Agent.open_memory``."""
     width, eyes = agent.model.config.vision.d_model, agent.eyes()[:32]
     memory = VisualMemory(directory, width, MemoryConfig() if config is None else config, eyes, read_only)
-    if "memory_search" not in agent.tools:
+    if tool and "memory_search" not in agent.tools:
         agent.register_tool(_search_tool(agent), arguments={"question": FromQuestion(EARLIER)},
                             isolation="inline")
     return memory

@@ -118,7 +118,7 @@ def test_pixels_are_remembered_exactly(model):
 
 # ---------------------------------------------------------------------- the tool
 def test_the_agent_searches_its_memory_itself(agent, tmp_path):
-    agent.open_memory(tmp_path, KEPT)
+    agent.open_memory(tmp_path, KEPT, tool=True)
     watch(agent, [0, 1], [NOW, NOW + 1])
     reply = agent.ask(picture(7), f"earlier: {ASKED}")
     (call,) = reply.tool_calls[:1]
@@ -131,7 +131,7 @@ def test_the_agent_searches_its_memory_itself(agent, tmp_path):
 
 
 def test_an_empty_memory_is_a_failed_call_not_an_error(agent, tmp_path):
-    agent.open_memory(tmp_path, KEPT)
+    agent.open_memory(tmp_path, KEPT, tool=True)
     (call,) = agent.ask(picture(7), f"before, {ASKED}").tool_calls[:1]
     assert not call["ok"] and "nothing was seen" in call["error"]
 
