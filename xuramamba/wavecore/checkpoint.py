@@ -71,16 +71,17 @@ def load_model(folder):
     model = model_of(load_json(folder / CONFIG), folder / CONFIG)
     about = load_json(folder / MANIFEST)
     found = load_arrays(folder / WEIGHTS)
-    require_prefix = [name for name in found if not name.startswith("params/")]
-    if require_prefix:
-        raise FormatError(f"holds {require_prefix[0]!r}; every name begins with 'params/'", folder / WEIGHTS)
+    for name in found:
+        if not name.startswith("params/"):
+            raise FormatError("is no parameter: every name begins with 'params/'", folder / WEIGHTS, name)
     tree = unflatten({name.removeprefix("params/"): array for name, array in found.items()})
     objects = "objects" in tree.get("encoder", {})
     check_same_form(tree, model.init(0, object_features=objects), folder / WEIGHTS)
     variables = {"params": parameters(tree)}
     count = about.get("param_count") if isinstance(about, dict) else None
     if count != model.param_count(variables):
-        raise FormatError(f"param_count is {count!r}; the weights are {model.param_count(variables)}", folder / MANIFEST)
+        own = model.param_count(variables)
+        raise FormatError(f"param_count is {count!r}; the weights are {own}", folder / MANIFEST)
     return model, variables
 
 

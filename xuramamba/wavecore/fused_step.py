@@ -1,9 +1,9 @@
 """One step of the gated model for one stream, as one kernel: what a robot's loop runs.
 
 The weights lie in one vector, in the order of :func:`order`; sizes and options in two short vectors.
-State, memory, keys and usage are changed in place.  Shapes: weights (P), sizes and options as :func:`plan` makes them,
-obs (obs_dim), action (action_dim), reward (1), s (d_s), w (d_w), p (d_p); memory, keys and usage of all levels one
-after the other, flat; y (output_dim).
+State, memory, keys and usage are changed in place.  Shapes: weights (P), sizes and options as :func:`pack`
+makes them, obs (obs_dim), action (action_dim), reward (1), s (d_s), w (d_w), p (d_p); memory, keys and usage
+of all levels one after the other, flat; y (output_dim).
 """
 
 import math
@@ -29,8 +29,9 @@ def order(config):
     blocks = ["encoder/obs/in", "encoder/obs/norm", "encoder/obs/out", "encoder/action", "encoder/reward",
               "encoder/fuse/in", "encoder/fuse/norm", "encoder/fuse/out", "encoder/norm",
               "cms/query/in", "cms/query/norm", "cms/query/out", *(f"cms/levels/{i}" for i in range(config.num_levels)),
-              "cms/mix", "core/z", "core/gate", "core/particle/in", "core/particle/norm", "core/particle/out", "core/u_p",
-              "core/wave/in", "core/wave/dt", "core/wave/b", "core/wave/k", "core/wave/gate", "core/wave/out",
+              "cms/mix", "core/z", "core/gate", "core/particle/in", "core/particle/norm", "core/particle/out",
+              "core/u_p", "core/wave/in", "core/wave/dt", "core/wave/b", "core/wave/k", "core/wave/gate",
+              "core/wave/out",
               "core/wave", "core/u_w", "decoder/in", "decoder/norm", "decoder/out", "decoder/last"]
     if config.cms_write == "network":
         blocks += [f"write/{i}/{part}" for i in range(config.num_levels) for part in ("gate", "value", "key")]

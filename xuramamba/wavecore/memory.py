@@ -21,7 +21,9 @@ from xuracore.errors import ShapeError
 from xuracore.tensor import Tensor
 from xuramamba.wavecore.parameters import dense, mlp, new_dense, new_mlp
 
-QUERY_GAIN = 8.0  # of the initial weights: with unit keys, a query of ordinary length reads nearly the mean of all slots
+QUERY_GAIN = 8.0  # of the initial weights: with unit keys, a query of length one would read the mean of all slots
+STATE_SHARE = 0.1  # of the initial weights: at first a query is about what is seen, not about when
+RELU_MEAN = 1 / math.sqrt(2 * math.pi)  # of a ReLU behind a norm: taken off, lest all keys share one direction
 
 
 def in_use(keys):
@@ -112,7 +114,10 @@ def choose_slot(keys, key, usage, merge_similarity):
 def new_read(rng, c):
     """Parameters of :func:`cms_read`."""
     query = new_mlp(rng, c.d_s + c.d_e, c.d_s + c.d_e, c.d_k, c.use_layer_norm)
-    query["out"]["kernel"].data *= np.float32(QUERY_GAIN)
+    query["in"]["kernel"].data[: c.d_s] *= np.float32(STATE_SHARE)
+    kernel = query["out"]["kernel"].data
+    kernel *= np.float32(QUERY_GAIN)
+    query["out"]["bias"].data -= np.float32(RELU_MEAN) * kernel.sum(axis=0)
     return {
         "query": query,
         "levels": {str(i): new_dense(rng, width, c.d_c, bias=False) for i, width in enumerate(c.cms_dims)},

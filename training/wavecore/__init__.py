@@ -1,0 +1,1 @@
+"""How WaveCore learns: recorded episodes, nested schedules, and the proof that it learned."""
