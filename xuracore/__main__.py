@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xuracore import bench, doctor, jit, warmup
+from xuracore import bench, doctor, jit, threads, warmup
 from xuracore.errors import ConfigError, XuraError
 from xuracore.ops.table import op_table
 from xuracore.profiler import profile
@@ -160,7 +160,7 @@ def print_warmup(clear=False):
         print(f"{taken * 1000:8.0f} ms  {name} ({how})", flush=True)
 
     try:
-        warmup.warm_up(report)
+        warmup.warm_up(report, threads.get_num_threads())
     except KeyboardInterrupt:
         print(f"stopped after {len(builds)} builds, which are kept: run it again to go on", file=sys.stderr)
         return 130

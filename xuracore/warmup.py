@@ -4,8 +4,16 @@ The samples of the op registry, in float32, are sent forward and backward throug
 behind no op have a sample here.
 """
 
+import contextlib
+import gc
 import importlib
+import json
+import os
 import pkgutil
+import signal
+import subprocess
+import sys
+import threading
 import warnings
 
 import numpy as np
@@ -62,23 +70,88 @@ SAMPLES = {  # of kernels that no op calls
 }  # fmt: skip
 
 
-def warm_up(report=None):
+def warm_up(report=None, processes=1):
     """Compile all kernels for float32, or load them from the cache.
 
     Returns a list of ``(kernel, how, seconds)`` in the order of compilation, how being ``compiled`` or
     ``cached``; empty where the NumPy twins run.  Seconds are those of the build.  ``report`` is called
     with each such tuple as soon as there is one.  An interruption loses only the kernel at hand: what was
     compiled before is in the cache.
+
+    processes : how many may compile at once.  Others than this one are started when the cache is found to
+        lack a kernel; what they have built is then loaded here, which shows that it is whole.
     """
     load_kernels()
     if jit.backend() == "numpy":
         return []
-    before = told = len(jit.FIRST_CALLS)
-    for _ in _samples():
-        for first_call in jit.FIRST_CALLS[told:] if report else ():
-            report(first_call)
-        told = len(jit.FIRST_CALLS)
-    return jit.FIRST_CALLS[before:]
+    builds, seen = [], set()
+
+    def note(first_call):
+        name, how, _ = first_call
+        if how != "cached" or name not in seen:  # a build of another process is read here once more
+            builds.append(first_call)
+            seen.add(name)
+            if report:
+                report(first_call)
+
+    units = _units()
+    may_share = processes > 1 and jit.backend() == "numba" and jit.cache_directory() is not None
+    elsewhere = []
+    while units:
+        first_calls = _run(units.pop())
+        for each in first_calls:
+            note(each)
+        if may_share and any(how == "compiled" for _, how, _ in first_calls):
+            may_share, elsewhere = False, list(units)
+            _with_workers(units, min(processes, len(units)) - 1, note)
+    for unit in elsewhere:
+        for each in _run(unit):
+            note(each)
+    return builds
+
+
+def _with_workers(units, count, note):
+    """Compile ``units``, the first one first, here and in ``count`` fresh processes; empties the list."""
+    command = [sys.executable, "-c", "from xuracore import warmup; warmup._work()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    workers, lock = [], threading.Lock()
+
+    def note_all(first_calls):
+        with lock:
+            for each in first_calls:
+                note(tuple(each))
+
+    def serve(worker):
+        with contextlib.suppress(IndexError, OSError, ValueError):  # nothing left, or the worker has died
+            while True:
+                worker.stdin.write(units.pop(0) + "\n")
+                worker.stdin.flush()
+                note_all(json.loads(worker.stdout.readline()))
+
+    try:
+        for _ in range(count):
+            workers.append(subprocess.Popen(command, env=environment, text=True, **pipes))
+        servers = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
+        for each in servers:
+            each.start()
+        with contextlib.suppress(IndexError):
+            while True:
+                note_all(_run(units.pop(0)))
+        for each in servers:
+            each.join()
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+
+
+def _work():
+    """Read names of units, run them, and answer each with its first calls as a line of JSON."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this ends it
+    load_kernels()
+    for line in sys.stdin:
+        print(json.dumps(_run(line.strip())), flush=True)
 
 
 def clear():
@@ -98,23 +171,45 @@ def load_kernels():
     return [kernel.__name__ for kernel in jit.KERNELS]
 
 
+LONGEST = ("mamba2_step", "mamba1_step", "scan", "linear_state", "ssd", "normalize", "softmax")
+
+
+def _units():
+    """Names of what is run in one go, what compiles longest first: a kernel with a sample, or a module of ops."""
+    modules = dict.fromkeys(_module(record) for record in ops.REGISTRY.values())
+    units = [kernel.__name__ for kernel in jit.KERNELS if kernel.__name__ in SAMPLES] + list(modules)
+    return sorted(units, key=lambda unit: LONGEST.index(unit) if unit in LONGEST else len(LONGEST))
+
+
+def _module(record):
+    """The module of an op; two that share kernels count as one, so that no two processes compile the same."""
+    name = record.forward.__module__.rpartition(".")[2]
+    return "ssd" if name == "trapezoid" else name
+
+
 def _run_samples():
-    for _ in _samples():
-        pass
+    for unit in _units():
+        _run(unit)
 
 
-def _samples():
-    """Run each sample; yields after each."""
-    for kernel in jit.KERNELS:
-        if kernel.__name__ in SAMPLES:
-            kernel(*SAMPLES[kernel.__name__]())
-            yield
-    with warnings.catch_warnings(), np.errstate(all="ignore"):  # samples visit the edges on purpose
-        warnings.simplefilter("ignore")
-        for record in ops.REGISTRY.values():
-            for inputs, attributes in record.samples(np.random.default_rng(0)):
-                _forward_and_backward(record, [_in_single(x) for x in inputs], attributes)
-                yield
+def _run(unit):
+    """Run the samples of one unit; returns the first calls that this led to."""
+    before, collecting = len(jit.FIRST_CALLS), gc.isenabled()
+    gc.disable()  # compiling makes many objects that stay: looking through them is an eighth of the time
+    try:
+        for kernel in jit.KERNELS:
+            if kernel.__name__ == unit and unit in SAMPLES:
+                kernel(*SAMPLES[unit]())
+        with warnings.catch_warnings(), np.errstate(all="ignore"):  # samples visit the edges on purpose
+            warnings.simplefilter("ignore")
+            for record in ops.REGISTRY.values():
+                if _module(record) == unit:
+                    for inputs, attributes in record.samples(np.random.default_rng(0)):
+                        _forward_and_backward(record, [_in_single(x) for x in inputs], attributes)
+    finally:
+        if collecting:
+            gc.enable()
+    return jit.FIRST_CALLS[before:]
 
 
 def _in_single(x):

@@ -74,6 +74,22 @@ def test_warm_up_reaches_every_kernel(monkeypatch):
     assert ours - reached == set(), "an op sample, or an entry in xuracore.warmup.SAMPLES, is missing"
 
 
+def test_workers_do_each_unit_once_and_what_a_dead_one_leaves_is_done_here(monkeypatch):
+    done, noted = [], []
+    monkeypatch.setattr(warmup, "_run", lambda unit: done.append(unit) or [(unit, "compiled", 0.0)])
+    units = ["sum_of_squares"] * 3
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    warmup._with_workers(units, 2, noted.append)
+    assert units == [] and len(noted) == len(done) and set(noted) <= {("sum_of_squares", "compiled", 0.0)}
+
+
+def test_a_worker_answers_each_name_with_a_line_of_json():
+    code = "from xuracore import warmup; warmup._work()"
+    result = subprocess.run([sys.executable, "-c", code], input="cumulate\nreduce\n", capture_output=True,
+                            text=True, timeout=300, env=os.environ | {"XURA_KERNELS": "numpy"})  # fmt: skip
+    assert (result.returncode, result.stdout, result.stderr) == (0, "[]\n[]\n", "")
+
+
 @needs_numba
 @pytest.mark.slow
 def test_a_second_warm_up_reads_the_cache(tmp_path):
