@@ -15,6 +15,7 @@ import numpy as np
 from xuracore.jit import device
 
 ZERO, ONE, TWO, HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
+NOTHING = np.float32(-0.0)  # the compiler may leave out x + -0.0, but not x + 0.0, which changes the sign of -0.0
 
 LOG2_E = np.float32(1.4426950408889634)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)  # n * HIGH is exact
@@ -169,7 +170,7 @@ def softplus(x):
     positive = x if x > ZERO else ZERO
     size = abs(x)
     size = FAR if size > FAR else size
-    return positive + log1p_unit(_exp_up(-size, ZERO) * DOWN)
+    return positive + log1p_unit(_exp_up(-size, NOTHING) * DOWN)
 
 
 def _sigmoid_wide(x):
@@ -182,7 +183,7 @@ def sigmoid(x):
     """``1 / (1 + e**-x)``; at most 3 ulp."""
     size = abs(x)
     size = FAR if size > FAR else size
-    up = _exp_up(-size, ZERO)
+    up = _exp_up(-size, NOTHING)
     r = ONE / (ONE + up * DOWN)
     return r if x >= ZERO else up * r * DOWN
 
@@ -194,11 +195,11 @@ def _silu_wide(x):
 @device.narrow(wide=_silu_wide)
 def silu(x):
     """``x * sigmoid(x)``; at most 4 ulp.  silu(-inf) = -0.0."""
-    held = -FAR if x < -FAR else x
-    size = FAR if abs(held) > FAR else abs(held)
-    up = _exp_up(-size, ZERO)
+    size = abs(x)
+    size = FAR if size > FAR else size
+    up = _exp_up(-size, NOTHING)
     r = ONE / (ONE + up * DOWN)
-    return x * r if x >= ZERO else held * up * r * DOWN
+    return x * r if x >= ZERO else -size * up * r * DOWN
 
 
 def _silu_slope_wide(x):
@@ -212,7 +213,7 @@ def silu_slope(x):
     """Derivative of :func:`silu`, s (1 + x (1 - s)); 1 and -0.0 at the infinities."""
     held = -FAR if x < -FAR else x
     held = FAR if held > FAR else held
-    up = _exp_up(-abs(held), ZERO)
+    up = _exp_up(-abs(held), NOTHING)
     e = up * DOWN
     r = ONE / (ONE + e)
     right = r * (ONE + held * (e * r))  # 1 - s is e r here: subtracting would lose it
@@ -367,7 +368,7 @@ def gelu_tanh(x):
     held = -G_END if x < -G_END else x
     size = abs(held)
     size = G_END if size > G_END else size
-    up = _exp_up(-(G_RATE * size * (ONE + G_CUBIC * size * size)), ZERO)
+    up = _exp_up(-(G_RATE * size * (ONE + G_CUBIC * size * size)), NOTHING)
     r = ONE / (ONE + up * DOWN)
     return x * r if x >= ZERO else held * up * r * DOWN
 
@@ -386,7 +387,7 @@ def gelu_tanh_slope(x):
     held = -G_END if x < -G_END else x
     held = G_END if held > G_END else held
     square = held * held
-    up = _exp_up(-(G_RATE * abs(held) * (ONE + G_CUBIC * square)), ZERO)
+    up = _exp_up(-(G_RATE * abs(held) * (ONE + G_CUBIC * square)), NOTHING)
     e = up * DOWN
     r = ONE / (ONE + e)
     slope = G_RATE * (ONE + np.float32(3) * G_CUBIC * square)
