@@ -25,7 +25,8 @@ hostile ones are refused with the reason.
     if args.json:
         print(json.dumps(found, indent=1))
         return
-    print(f"{printable(str(args.path))}: {found['kind']}")
+    licence = f", licence: {printable(found['licence'])}" if "licence" in found else ""
+    print(f"{printable(str(args.path))}: {found['kind']}{licence}")
     for name, config in () if args.summary else found["configs"].items():
         print(f"\n{name}")
         print("\n".join(_setting_lines(config)))
@@ -51,6 +52,7 @@ def _examine(path):
     from xuracore import io
     from xuracore.errors import FormatError
     from xuravljepa.cli import printable
+    from xuravljepa.vit_files import read_licence
 
     path = Path(path)
     found = {"kind": "torch file" if path.suffix == ".bin" else "safetensors file", "configs": {}, "files": {}}
@@ -67,6 +69,8 @@ def _examine(path):
         config = found["configs"].get("config.json", found["configs"].get("params.json"))
         kind = config.get("model_type", "unknown type") if isinstance(config, dict) else "no config.json"
         found["kind"] = f"folder of a model ({printable(str(kind))[:80]})"
+        licence = read_licence(path, config)
+        found |= {} if licence is None else {"licence": licence}
     for name, source in sources.items():
         found["files"][name] = _torch_file(source) if source.suffix == ".bin" else _safetensors_file(source)
     return found

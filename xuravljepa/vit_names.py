@@ -163,7 +163,7 @@ def settings_of(state, settings, family):
         registers = state["reg_token"].shape[1] if "reg_token" in state else 0
         if not tubelet and state["pos_embed"].ndim != 3 or len(tubelet) > 1 or not patch or not dim:
             raise ValueError("pos_embed or patch_embed.proj.weight has another number of axes")
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, IndexError) as error:
         raise FormatError(f"these are not the tensors of a Vision Transformer: {error}") from None
     said = settings.get("model_args") or {}  # timm writes there what differs from the architecture's default
     said = {**settings, **said} if isinstance(said, dict) else settings

@@ -4,7 +4,7 @@
 
 Random-weight ViT, DINOv2 (plain and with gates), DINOv2 with registers (both), I-JEPA and V-JEPA 2 models are
 saved by transformers, whole, in shards, as BF16 and with a classifier on top; pictures of the trained size
-and of another one, and videos, go through both.  Then CLIP, SigLIP, BEiT, DeiT and DINOv3 towers are saved,
+and of another one, and videos, go through both.  Tables of positions are interpolated by torch and here.  Then CLIP, SigLIP, BEiT, DeiT and DINOv3 towers are saved,
 which must be refused by their names.  Ends with 1 if a difference is larger than rounding explains.
 """
 
@@ -36,6 +36,7 @@ MODELS = {  # name: (model class, configuration class, settings, (shapes of the 
 REFUSED = {"CLIPVisionModel": "CLIPVisionConfig", "SiglipVisionModel": "SiglipVisionConfig",
            "Siglip2VisionModel": "Siglip2VisionConfig", "BeitModel": "BeitConfig", "DeiTModel": "DeiTConfig",
            "DINOv3ViTModel": "DINOv3ViTConfig"}
+TABLES = ((37, 16), (16, 37), (14, 24), (7, 5))
 WAYS = ("whole", "in shards", "as BF16", "with a classifier")
 
 
@@ -53,7 +54,7 @@ def main():
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{done.stderr.strip()}\n\nthe peer failed: --peer-python needs torch and transformers")
-        good = [compare(Path(folder)), refuse(Path(folder))]
+        good = [compare(Path(folder)), positions(Path(folder)), refuse(Path(folder))]
     print("\nAll within rounding, all refused." if all(good) else "\nSOMETHING DIFFERS.")
     return 0 if all(good) else 1
 
@@ -81,6 +82,13 @@ def make(folder):
             saved.save_pretrained(target, max_shard_size="50KB" if way == "in shards" else "5GB")
             np.savez(target / "results.npz", **{f"in{i}": x.numpy() for i, x in enumerate(pixels)},
                      **{f"out{i}": y.numpy() for i, y in enumerate(found)})
+    resize = torch.nn.functional.interpolate
+    for old, new in TABLES:
+        x = torch.randn(1, 1, old, old, dtype=torch.float64)
+        ways = {"hf": {"size": (new, new)}, "timm": {"size": (new, new), "antialias": True},
+                "dinov2": {"scale_factor": ((new + 0.1) / old,) * 2}}
+        found = {how: resize(x, mode="bicubic", align_corners=False, **more).numpy() for how, more in ways.items()}
+        np.savez(folder / f"{old} to {new}.npz", x=x.numpy(), **found)
     for model, config in REFUSED.items():
         settings = {key: value for key, value in DENSE.items() if key != "image_size" or "2" not in model}
         config = getattr(transformers, config)(**settings)
@@ -121,6 +129,24 @@ def compare(folder):
     return good
 
 
+def positions(folder):
+    """The three ways of interpolating a table, against torch's functions that define them."""
+    from xuravljepa.vit import INTERPOLATIONS, bicubic_matrix
+
+    print("\n| interpolation | " + " | ".join(f"{old} → {new}" for old, new in TABLES) + " |")
+    print("|---" * (len(TABLES) + 1) + "|")
+    good = True
+    for how in INTERPOLATIONS:
+        worst = []
+        for old, new in TABLES:
+            matrix = bicubic_matrix(old, new, how)
+            with np.load(folder / f"{old} to {new}.npz") as stored:
+                worst.append(float(np.abs(matrix @ stored["x"][0, 0] @ matrix.T - stored[how][0, 0]).max()))
+        print(f"| {how} | " + " | ".join(f"{one:.1e}" for one in worst) + " |")
+        good = good and max(worst) < 1e-6
+    return good
+
+
 def refuse(folder):
     from xuracore.errors import FormatError
     from xuravljepa.vit import VisionTransformer
@@ -132,7 +158,7 @@ def refuse(folder):
             VisionTransformer.from_pretrained(folder / "refused" / name)
             said, good = "READ", False
         except FormatError as error:
-            said = error.reason.partition(",")[0]
+            said = error.reason.partition(", which")[0]
         print(f"| {name} | {said} |")
     return good
 

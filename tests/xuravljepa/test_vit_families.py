@@ -313,6 +313,8 @@ def test_what_does_not_fit_is_listed(tmp_path):
         load(renamed(state, [(r"blocks\.(.)\.mlp\.fc1", r"encoder.layer.\1.mlp.gate_proj")]))
     with pytest.raises(FormatError, match="7 places, which is no square"):
         load({**state, "pos_embed": np.zeros((1, 8, 12), np.float32)})
+    with pytest.raises(FormatError, match="these are not the tensors of a Vision Transformer"):
+        load({**state, "reg_token": np.zeros(3, np.float32)})
     clip = {name: a for name, a in state.items() if name not in ("cls_token", "reg_token", "pos_embed")}
     clip["patch_embed.proj.weight"] = np.zeros((12, 3, 2, 4, 4), np.float32)
     with pytest.raises(FormatError, match="names no crop_size"):

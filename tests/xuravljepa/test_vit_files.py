@@ -8,7 +8,9 @@ from PIL import Image
 
 from xuracore.errors import FormatError
 from xuravljepa import image
+from xuravljepa.cli import main
 from xuravljepa.image import HALF, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from xuravljepa.vit import VisionTransformer, VitConfig
 from xuravljepa.vit_files import preprocessor_settings, read_licence, read_preprocessing, usual
 
 
@@ -125,3 +127,14 @@ def test_the_licence_of_a_model_card(card, expected, tmp_path):
     (tmp_path / "README.md").write_bytes(card.encode())
     assert read_licence(tmp_path, {}) == expected
     assert read_licence(tmp_path, {"license": "mit"}) == expected or expected is None
+
+
+def test_inspect_prints_the_licence(tmp_path, capsys):
+    VisionTransformer(VitConfig(image_size=8, patch_size=4, d_model=12, depth=1, n_heads=2)).save_pretrained(tmp_path)
+    main(["inspect", str(tmp_path), "--summary"])
+    assert "licence" not in capsys.readouterr().out
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    main(["inspect", str(tmp_path), "--summary"])
+    assert "licence: mit" in capsys.readouterr().out
+    main(["inspect", str(tmp_path), "--json"])
+    assert json.loads(capsys.readouterr().out)["licence"] == "mit"
