@@ -48,7 +48,7 @@ def guard(run, argv):
         code = _exit_code(error)
         if code is None:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return code
 
 
@@ -76,7 +76,7 @@ def _exit_code(error):
     return 1 if isinstance(error, OSError) else None
 
 
-def _one_line(error):
+def one_line(error):
     """The message without line breaks, and without anything that could move a cursor."""
     text = str(error)
     if isinstance(error, OSError) and error.filename:
@@ -113,7 +113,7 @@ def _delegate(module, name, arguments):
 
 
 def _parser():
-    from xuravljepa import cli_generate, cli_inspect
+    from xuravljepa import cli_chat, cli_generate, cli_inspect
 
     parser = argparse.ArgumentParser(prog="xura", description=DESCRIPTION, epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,6 +139,11 @@ def _parser():
     ask.add_argument("--show", action="store_true", help="print every step: doubts, calls, readings")
     ask.add_argument("--trace", metavar="FILE", help="write every step there, as JSON Lines")
     ask.add_argument("--page", metavar="FILE", help="write a page (HTML) that shows the steps")
+
+    chat = add("chat", "talk about pictures, line by line", cli_chat.run)
+    chat.epilog = cli_chat.EXAMPLES
+    cli_chat.add_arguments(chat)
+    add_model(chat)
 
     phases = "\n".join(f"  xura train {name:8s} training/scripts/{file}.py" for name, file in PHASES.items())
     about = "Train a phase, or the tiny model from nothing; each has its own --help."
@@ -196,7 +201,7 @@ came about.
             print()
         else:
             asked = f"{printable(question)}  " if len(args.questions) > 1 else ""
-            print(f"{asked}{reply.text}  ({_how(reply, agent.trained)})", flush=True)
+            print(f"{asked}{reply.text}  ({how(reply, agent.trained)})", flush=True)
         if args.trace:
             reply.trace.write(args.trace, append=len(replies) > 1)
     if args.page:
@@ -206,7 +211,7 @@ came about.
         write_html(args.page, [Scene(args.image, tuple(reply.trace for reply in replies), args.image)])
 
 
-def _how(reply, monitored):
+def how(reply, monitored):
     from xuravljepa.agent.story import percent
 
     sure = f"{percent(reply.confidence)} sure"

@@ -6,13 +6,14 @@ Names are loaded when they are first used: a tool's process imports this package
 import importlib
 
 _HOME = {
+    "agent": ("Agent", "Reply"),
     "arguments": ("AskModel", "Constant", "FromQuestion", "Template"),
     "budget": ("Budget",),
     "builtin": ("KnowledgeBase", "MemorySearch", "add", "calculator", "echo"),
     "errors": ("ArgumentError", "MemoryBusyError", "ReplayError", "ToolError"),
-    "recall": ("Recollection",),
     "memory": ("Memory", "MemoryConfig", "VisualMemory"),
     "picture": ("draw_scenes", "write_png"),
+    "recall": ("Recollection", "frames_in"),
     "recursion": ("Outcome", "PatternSelector", "Proposal", "Reading", "RecursionConfig", "RecursionLayer"),
     "report": ("html_page", "write_html"),
     "sandbox": ("Limits", "Sandbox"),

@@ -263,6 +263,16 @@ class Agent:
         self.memory = memory
         return memory
 
+    def look(self, image):
+        """Bring a picture into view, for questions and ``save_state``; errors as in ``ask``."""
+        self._see(image)
+
+    def remember(self, source="", time=None):
+        """Put the picture in view into the memory; its Memory.  time : seconds since 1970, now by default."""
+        from xuravljepa.agent.recall import remember
+
+        return remember(self, self._visual, self._pixels, source, time)
+
     def recall(self, question, k=5, since=None, until=None, like=None):
         """Ask remembered pictures: [Recollection], of the k seen last, newest first.
 

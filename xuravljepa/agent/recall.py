@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from xuracore import no_grad
-from xuracore.errors import ConfigError, FormatError
+from xuracore.errors import ConfigError, FormatError, ShapeError
 from xuravljepa.agent.arguments import FromQuestion
 from xuravljepa.agent.memory import Memory, MemoryConfig, VisualMemory
 from xuravljepa.agent.tools import Output
+from xuravljepa.model import CAPTION_QUERY
 
 EARLIER = r"^\s*(?:earlier|before|previously|from memory)\b[\s,:]*(.+)"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -86,10 +87,25 @@ def _search_tool(agent):
 
 
 @no_grad()
-def recall(agent, question, k=5, since=None, until=None, like=None):
-    """See ``Agent.recall``."""
+def remember(agent, visual, pixels, source, time):
+    """See ``Agent.remember``."""
+    _check_open(agent)
+    if pixels is None:
+        raise ShapeError("there is no picture to remember: a state holds what was seen in it, not itself")
+    reading, confidence = agent.glance(agent.model.query_tokens([CAPTION_QUERY]), visual)
+    return agent.memory.add(visual[0, 0], picture_of(pixels, agent.model.config), source, CAPTION_QUERY,
+                            reading.answer, confidence, time)
+
+
+def _check_open(agent):
     if agent.memory is None:
         raise ConfigError("the agent has no memory yet: call open_memory(directory) first")
+
+
+@no_grad()
+def recall(agent, question, k=5, since=None, until=None, like=None):
+    """See ``Agent.recall``."""
+    _check_open(agent)
     query = agent.model.query_tokens([question])
     span = -math.inf if since is None else since, math.inf if until is None else until
     if like is None:

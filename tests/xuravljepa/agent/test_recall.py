@@ -111,6 +111,19 @@ def test_asking_memory_leaves_the_picture_in_view(agent, tmp_path):
     assert agent.ask(None, ASKED).trace.run.image == before
 
 
+def test_a_picture_in_view_can_be_remembered(agent, tmp_path):
+    agent.look(picture(4))
+    with pytest.raises(ConfigError, match="open_memory"):
+        agent.remember()
+    agent.open_memory(tmp_path / "memory", KEPT)
+    assert agent.remember("here", time=NOW).source == "here"
+    assert agent.recall(ASKED, like=picture(4))[0].similarity == pytest.approx(1)
+    agent.save_state(tmp_path / "state")
+    agent.load_state(tmp_path / "state")
+    with pytest.raises(ShapeError, match="no picture to remember"):
+        agent.remember()
+
+
 def test_pixels_are_remembered_exactly(model):
     every = np.arange(256, dtype=np.uint8).repeat(48).reshape(64, 64, 3)
     assert np.array_equal(picture_of(model.pixels(every), model.config), every)
