@@ -4,8 +4,9 @@
 
 Random-weight ViT, DINOv2 (plain and with gates), DINOv2 with registers (both), I-JEPA and V-JEPA 2 models are
 saved by transformers, whole, in shards, as BF16 and with a classifier on top; pictures of the trained size
-and of another one, and videos, go through both.  Tables of positions are interpolated by torch and here.  Then CLIP, SigLIP, BEiT, DeiT and DINOv3 towers are saved,
-which must be refused by their names.  Ends with 1 if a difference is larger than rounding explains.
+and of another one, and videos, go through both.  Tables of positions are interpolated by torch and here.
+Then CLIP, SigLIP, BEiT, DeiT and DINOv3 towers are saved, which must be refused by their names.  Ends with 1
+if a difference is larger than rounding explains.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def compare(folder):
 
 def positions(folder):
     """The three ways of interpolating a table, against torch's functions that define them."""
-    from xuravljepa.vit import INTERPOLATIONS, bicubic_matrix
+    from xuravljepa.vit_positions import INTERPOLATIONS, bicubic_matrix
 
     print("\n| interpolation | " + " | ".join(f"{old} → {new}" for old, new in TABLES) + " |")
     print("|---" * (len(TABLES) + 1) + "|")

@@ -11,7 +11,9 @@ import xuracore as xc
 from xuracore import io
 from xuracore.errors import ConfigError, FormatError, ShapeError
 from xuracore.nn.module import StateDictError
-from xuravljepa.vit import VisionTransformer, VitConfig, bicubic_matrix, canonical_state, sine_positions
+from xuravljepa.vit import VisionTransformer, VitConfig
+from xuravljepa.vit_names import canonical_state
+from xuravljepa.vit_positions import bicubic_matrix, sine_positions
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TINY = VitConfig(image_size=8, patch_size=4, d_model=12, depth=2, n_heads=3, mlp_ratio=1.5)

@@ -12,8 +12,9 @@ from xuracore import io, nn
 from xuracore.errors import ConfigError, FormatError, ShapeError
 from xuracore.io import to_bfloat16
 from xuracore.nn.module import StateDictError
-from xuravljepa.vit import Block, Rotary, VisionTransformer, VitConfig, bicubic_matrix
+from xuravljepa.vit import Block, VisionTransformer, VitConfig
 from xuravljepa.vit_names import canonical_state
+from xuravljepa.vit_positions import Rotary, bicubic_matrix
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

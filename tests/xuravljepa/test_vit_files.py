@@ -76,7 +76,8 @@ def test_rescaling_is_folded_into_mean_and_deviation(tmp_path):
 @pytest.mark.parametrize("change, message", [
     ({"do_center_crop": False}, "crops nothing"), ({"resample": 9}, "filter must be one of"),
     ({"image_std": [1, 2]}, "expected three numbers"), ({"image_std": [0, 1, 1]}, "std above 0"),
-    ({"crop_size": {"height": 2, "width": 3}}, "crop_size is .*expected one side"), ({"image_mean": "x"}, "mean or std"),
+    ({"crop_size": {"height": 2, "width": 3}}, "crop_size is .*expected one side"),
+    ({"image_mean": "x"}, "mean or std"),
     ({"crop_size": -4}, "size must be a positive"), ({"rescale_factor": 0}, "rescale_factor is 0"),
     ({"size": {"shortest_edge": "a"}}, "short must be a positive"), ({"image_std": [1, "a", 1]}, "could not convert"),
     ({"do_resize": False, "do_center_crop": False}, "neither resizes nor crops"), ({"resample": [3]}, "filter"),
