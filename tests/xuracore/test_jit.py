@@ -194,6 +194,54 @@ def test_several_processes_may_start_at_once(tmp_path):
     assert hits_and_misses(last) == [2, 0]
 
 
+@needs_numba
+@pytest.mark.slow
+def test_each_processor_has_builds_of_its_own(tmp_path):
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert hits_and_misses(python(KERNEL + COUNT, tmp_path, **cache)) == [0, 2]
+    assert hits_and_misses(python(KERNEL + COUNT, tmp_path, NUMBA_CPU_NAME="generic", **cache)) == [0, 2]
+    assert hits_and_misses(python(KERNEL + COUNT, tmp_path, **cache)) == [2, 0]
+
+
+@needs_numba
+@pytest.mark.slow
+def test_an_edited_device_function_compiles_its_kernels_again(tmp_path):
+    calls = KERNEL.replace("import kernel, prange", "import device, kernel, prange").replace(
+        "@kernel", "@device\ndef power(x):\n    return x * x\n\n@kernel"
+    ).replace("out[i] = x[i] * x[i]", "out[i] = power(x[i])")
+    cache = {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    assert hits_and_misses(python(calls + COUNT, tmp_path, **cache)) == [0, 2]
+    assert hits_and_misses(python(calls + COUNT, tmp_path, **cache)) == [2, 0]
+    cubes = calls.replace("return x * x\n", "return x * x * x\n").replace("(out, x * x)", "(out, x * x * x)")
+    assert hits_and_misses(python(cubes + COUNT, tmp_path, **cache)) == [0, 2]
+
+
+@needs_numba
+@pytest.mark.slow
+def test_a_compiler_killed_at_any_write_leaves_a_usable_cache(tmp_path):
+    for number, step in enumerate(("_save_index", "_save_data")):
+        cache = {"NUMBA_CACHE_DIR": str(tmp_path / f"cache{number}")}
+        killed = f"""
+import os, signal
+from numba.core.caching import IndexDataCacheFile
+IndexDataCacheFile.{step} = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+right()
+"""
+        assert python(KERNEL + killed, tmp_path, **cache).returncode == -9
+        assert hits_and_misses(python(KERNEL + COUNT, tmp_path, **cache)) == [0, 2]
+        assert hits_and_misses(python(KERNEL + COUNT, tmp_path, **cache)) == [2, 0]
+
+
+@needs_numba
+@pytest.mark.slow
+def test_an_installation_that_is_read_only_caches_in_the_home_folder(tmp_path):
+    (tmp_path / "__pycache__").write_text("")  # a file stops even the superuser from writing there
+    home = {name: str(tmp_path / "home") for name in ("HOME", "XDG_CACHE_HOME")}
+    for expected in ([0, 2], [2, 0]):
+        process = python(KERNEL + COUNT, tmp_path, **home)
+        assert hits_and_misses(process) == expected and process.stderr == ""
+
+
 # ---------------------------------------------------------------------- threads and forks
 @needs_numba
 def test_two_threads_at_a_first_call_compile_once(tmp_path):
