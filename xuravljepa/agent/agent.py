@@ -304,7 +304,7 @@ class Agent:
         if metadata.get("x_encoder") != self.eyes():
             raise FormatError("belongs to another model, whose X-Encoder sees differently", path)
         visual, vision = tensors["visual"], self.model.config.vision
-        expected = 1, 1 + vision.n_patches, vision.d_model
+        expected = 1, vision.n_tokens, vision.d_model
         if visual.shape != expected or visual.dtype != np.float32 or not np.isfinite(visual).all():
             found = f"{visual.dtype} {visual.shape}"
             raise FormatError(f"expected finite float32 {expected}, got {found}", path, "visual")
