@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from training.scripts import local_sanity_check, train_seed_model, wavecore_loops
+from training.scripts import local_sanity_check, train_seed_model, wavecore_criteria, wavecore_loops
 from training.scripts import tool_router as tool_router_script
-from training.wavecore import baselines, criteria, episodes, loops, recall, simulate, tool_router, trainer
+from training.wavecore import baselines, episodes, loops, recall, simulate, tool_router, trainer
 from training.wavecore.episodes import RLDSValidationError, episode_from
 from training.wavecore.nested import NestedAdam, group_of
 from training.wavecore.proof import prove
 from xuracore.errors import ConfigError, FormatError, GradError
 from xuramamba.wavecore import CoreModelConfig, inference_variables, make_core_model
-from xuramamba.wavecore.checkpoint import load_model
+from xuramamba.wavecore.checkpoint import load_model, save_model
 from xuramamba.wavecore.parameters import flatten
 from xuramamba.wavecore.session import InferenceRouter
 
@@ -200,7 +200,8 @@ def test_the_proof_has_every_figure_and_an_honest_verdict(tmp_path):
     assert set(written["ablations"]) == {"no_cms", "no_wave", "no_particle"}
     model, variables = load_model(tmp_path)
     assert model.param_count(variables) == 172_202
-    assert criteria.THRESHOLDS["lyapunov_max"] == 0.1
+    assert wavecore_criteria.main(["--checkpoint-dir", str(tmp_path), "--rlds-dir", str(tmp_path / "episodes"),
+                                   "--trials", "8"]) == 1
 
 
 # ---------------------------------------------------------------------- commands
@@ -243,6 +244,14 @@ def test_loops_train_one_model_and_export_it(tmp_path):
     assert json.loads((tmp_path / "trainer" / "status.json").read_text())["status"] == "error"
     assert wavecore_loops.main(["--output-dir", str(tmp_path / "w"), "--payload", json.dumps(
         dict.fromkeys(loops.LOOPS, quick))]) == 0
+
+
+def test_criteria_command_measures_what_is_asked(tmp_path, capsys):
+    save_model(tmp_path, *make_core_model(0, 64, 7, 7, TINY), {"final_loss": 1.0, "rlds_episodes": 0})
+    code = wavecore_criteria.main(["--checkpoint-dir", str(tmp_path), "--episodes", "5", "--only", "lyapunov"])
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["lyapunov"] and found["lyapunov"]["met"] == (code == 0)
+    assert found["lyapunov"]["ci95"][0] <= found["lyapunov"]["lyapunov_max"] <= found["lyapunov"]["ci95"][1]
 
 
 def test_tool_router_commands(tmp_path, capsys):
