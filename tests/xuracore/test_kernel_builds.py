@@ -14,7 +14,7 @@ needs_numba = pytest.mark.skipif(jit.backend() != "numba", reason="kernels are n
 
 # Kernels that calculate in float64 on purpose: sums over a whole array, and scalars set up once a call.
 IN_DOUBLE = {"cross_entropy_forward", "cross_entropy_backward", "sum_of_squares", "adamw_update"}
-ALSO_SCALARS = re.compile(r"norm|gelu|ssd|scan|step|attention|trapezoid|linear_state|vandermonde|gemv")
+ALSO_SCALARS = re.compile(r"norm|ssd_chunk|linear_state|vandermonde")
 
 PACKED = [  # kernels whose loops must be vector code, and a vector instruction that shows it
     "sigmoid_forward", "silu_forward", "silu_backward", "softplus_forward", "gelu_forward", "gelu_backward",
