@@ -131,7 +131,8 @@ def fused_step_numpy(weights, sizes, options, obs, action, reward, s, w, p, memo
     a = -np.logaddexp(0, read.take(size, modes))
     b_base, c_base, skip = read.take(size, modes), read.take(size, modes), read.take(size)
     exponent = step[:, None] * a
-    hold = step[:, None] if euler else np.expm1(exponent) / a
+    safe = np.minimum(exponent, s.dtype.type(-1e-20))
+    hold = step[:, None] * (1 if euler else np.expm1(safe) / safe)
     carry = np.exp(exponent) * w.reshape(size, modes) + hold * (b * entered)[:, None] * b_base
     emitted = ((carry * c_base).sum(1) * out + skip * entered) * wave_gate
     w[:] = saturated(carry.ravel())
@@ -325,8 +326,8 @@ def fused_step(weights, sizes, options, obs, action, reward, s, w, p, memory, ke
             hold = dt
             if not euler:
                 z = dt * a
-                near = z * (one + z * (dtype.type(0.5) + z * (dtype.type(1 / 6) + z * dtype.type(1 / 24))))
-                hold = (near if z > dtype.type(-0.03) else decay - one) / a
+                near = one + z * (dtype.type(0.5) + z * (dtype.type(1 / 6) + z * dtype.type(1 / 24)))
+                hold = dt * near if z > dtype.type(-0.005) else (decay - one) / a
             carry = decay * w[place] + hold * b[i] * entered[i] * weights[at + d_w + place]
             total += carry * weights[at + 2 * d_w + place]
             w[place] = _saturated(carry, limit, soft)

@@ -36,7 +36,8 @@ def new_wave(rng, config, inputs):
 
 
 def phi1(z):
-    """expm1(z) / z for z < 0 as ops; z is -ΔA and never 0, as Δ ≥ dt_min and A < 0."""
+    """expm1(z) / z for z ≤ 0 as ops; 1 where A has underflown to 0."""
+    z = ops.minimum(z, -1e-20)
     return ops.expm1(z) / z
 
 

@@ -146,6 +146,13 @@ def test_hold_is_exact_and_euler_is_not():
         np.testing.assert_allclose(later, [[0.904837]], atol=5e-7)
 
 
+def test_a_mode_without_decay_is_a_plain_sum():
+    config, params = wave(1)
+    params["a_raw"][:] = -1000  # softplus of it is 0
+    _, carry = wave_step(params, config, np.zeros((1, 8)), RNG.standard_normal((1, 5)))
+    assert np.isfinite(carry).all() and np.abs(carry).max() > 0
+
+
 def test_a_starts_near_its_published_value():
     a = -np.log1p(np.exp(wave()[1]["a_raw"]))
     assert abs(a.mean() + 0.6931) < 0.03
