@@ -45,8 +45,8 @@ def memory_and_files():
 
 
 def soak(agent, count):
-    """[(share of right answers, resident MiB, open files, seconds, same answers as the first part)] of the parts."""
-    asked, first, rows = exam(count // PARTS), None, []
+    """(share of right answers, resident MiB, open files, seconds, same answers as the first part) of each part."""
+    asked, first = exam(count // PARTS), None
     for _ in range(PARTS):
         start, seen, right, answers = time.perf_counter(), None, 0, []
         for number, question, answer in asked:
@@ -54,8 +54,7 @@ def soak(agent, count):
             seen, right = number, right + (reply.answer == answer)
             answers.append((reply.answer, reply.confidence))
         first = first or answers
-        rows.append((right / len(asked), *memory_and_files(), time.perf_counter() - start, answers == first))
-    return rows
+        yield right / len(asked), *memory_and_files(), time.perf_counter() - start, answers == first
 
 
 def main(arguments=None):
@@ -66,12 +65,14 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if options.questions < PARTS:
         parser.error(f"--questions is at least {PARTS}")
-    rows = soak(Agent.from_pretrained(options.model), options.questions)
+    rows = []
     print("| questions | right | resident MiB | open files | ms each | same answers |\n|--:|--:|--:|--:|--:|---|")
     size = options.questions // PARTS
-    for part, (right, resident, files, seconds, same) in enumerate(rows, 1):
-        print(f"| {part * size} | {right:.2%} | {resident:.1f} | {files} | {1e3 * seconds / size:.1f} | "
-              f"{'yes' if same else 'no'} |")
+    for row in soak(Agent.from_pretrained(options.model), options.questions):
+        right, resident, files, seconds, same = row
+        rows.append(row)
+        print(f"| {len(rows) * size} | {right:.2%} | {resident:.1f} | {files} | {1e3 * seconds / size:.1f} | "
+              f"{'yes' if same else 'no'} |", flush=True)
     grown = rows[-1][1] - rows[1][1] > GROWTH or rows[-1][2] > rows[1][2]
     return int(grown or not all(row[-1] for row in rows))
 
