@@ -78,7 +78,7 @@ def test_help_imports_nothing_heavy():
                                                   "info", "bench"))
 
 
-@pytest.mark.parametrize("command", [["ask"], ["inspect"], ["info"], ["bench"], ["generate"], ["train"],
+@pytest.mark.parametrize("command", [["ask"], ["chat"], ["inspect"], ["info"], ["bench"], ["generate"], ["train"],
                                      *(["train", phase] for phase in cli.PHASES), ["make-data"], ["eval"]])
 def test_every_command_has_help(capsys, command):
     code, out, err = run(capsys, *command, "--help")
