@@ -112,7 +112,7 @@ def open_a_connection():
 
 
 def write_nonsense_to_every_descriptor():
-    for descriptor in range(64):
+    for descriptor in range(1024):
         try:
             os.write(descriptor, b"\xff" * 64)
         except OSError:
