@@ -24,7 +24,7 @@ RATES = {"fast": 1.0, "mid": 1.0, "slow": 1.0}
 CLIP = 1.0  # the default of 10 lets single batches undo a hundred steps at this learning rate
 
 
-def prove(folder, *, seed=0, rlds_dir=None, count=320, steps=900, recall_steps=420, recall_lag=110, trials=256,
+def prove(folder, *, seed=0, rlds_dir=None, count=640, steps=2400, recall_steps=420, recall_lag=110, trials=256,
           lr=2e-3, say=lambda text: None):
     """Train, measure, write checkpoint and proof_of_learning.json into ``folder``, and return the proof."""
     require(count >= 10, f"count={count}; expected at least 10 episodes")
