@@ -174,8 +174,6 @@ def walk(seeds, targets=None, retain=False):
                 versions.check(primitive.name, saved, number)
             if not retain:
                 node.saved = _USED
-            elif primitive.consumes:
-                raise GradError(f"{primitive.name!r} uses up what it saved: its graph cannot be retained")
             for parent, contribution in zip(parents, primitive.vjp(gradient, saved, parents)):
                 if parent is not None and contribution is not None:
                     if contribution.shape != parent.shape:

@@ -19,7 +19,6 @@ class Row(NamedTuple):
     mixer: type
     fields: dict
     clock: tuple = ()  # (parameter, value) pairs that stop time; () where no parameters can
-    packs: bool = True  # takes cu_seqlens
 
 
 MAMBA1 = {"d_state": 3, "dt_min": 0.1, "dt_max": 1.0}
@@ -39,7 +38,16 @@ MIXERS = {
         Mamba2, {**MAMBA2, "ngroups": 2, "dt_limit": (0.2, 0.7), "bias": True, "D_has_hdim": True}
     ),
     "mamba2 beside an MLP": Row(Mamba2, {**MAMBA2, "d_ssm": 8, "d_conv": 1, "rmsnorm": False, "chunk_size": 3}),
+    "mamba2 norm before gate": Row(Mamba2, {**MAMBA2, "norm_before_gate": True, "d_ssm": 8, "d_conv": 1}),
+    "mamba2 no norm": Row(Mamba2, {**MAMBA2, "rmsnorm": False, "conv_bias": False, "d_conv": 2}),
     "mamba3": Row(Mamba3, MAMBA3),
+    "mamba3 groups": Row(Mamba3, {**MAMBA3, "ngroups": 2, "rope_fraction": 1.0, "is_outproj_norm": True}),
+    "mamba3 no turns": Row(Mamba3, {**MAMBA3, "rope_fraction": 0.0, "a_activation": "softplus"}),
+    "mamba3 no rope": Row(Mamba3, {**MAMBA3, "rope": "none", "bc_bias": False}),
+    "mamba3 euler": Row(Mamba3, {**MAMBA3, "trap": "euler", "bc_norm": False, "is_mimo": True, "mimo_rank": 2}),
+    "mamba3 mimo norm": Row(
+        Mamba3, {**MAMBA3, "is_mimo": True, "mimo_rank": 3, "is_outproj_norm": True, "rotary": "half"}
+    ),
     "mamba3 mimo": Row(Mamba3, {**MAMBA3, "is_mimo": True, "mimo_rank": 2, "rotary": "half", "ngroups": 2}),
     "mamba3 ablated": Row(
         Mamba3, {**MAMBA3, "rope": "standard", "trap": "half", "bc_bias": False, "bc_norm": False, "d_conv": 3}
@@ -84,7 +92,6 @@ def close_states(one, other, tolerance=1e-10):
 
 
 every_mixer = pytest.mark.parametrize("name", MIXERS)
-packing_mixers = pytest.mark.parametrize("name", [name for name, row in MIXERS.items() if row.packs])
 
 
 def part(state, rows):
@@ -208,7 +215,7 @@ def test_gradients_of_a_padded_batch_are_those_of_its_real_tokens(name):
         close(one, other, 1e-9)
 
 
-@packing_mixers
+@every_mixer
 def test_packed_sequences_are_separate_sequences(name):
     mixer, edges = build(name), [0, 5, 5, 6, 13]
     x = sequence(batch=1, length=13)
@@ -222,7 +229,7 @@ def test_packed_sequences_are_separate_sequences(name):
             close_states(part(after, [i]), last)
 
 
-@packing_mixers
+@every_mixer
 def test_packed_gradients_are_those_of_separate_sequences(name):
     mixer, edges = build(name), [0, 4, 5, 11]
     x = sequence(batch=1, length=11)
@@ -298,12 +305,11 @@ def test_a_state_and_options_that_do_not_fit_are_refused(name):
         run(mixer, x[:, :, :-1])
     with pytest.raises(ShapeError):
         run(mixer, x, mask=np.ones((2, 3), bool))
-    if MIXERS[name].packs:
-        for edges in ([0, 20], [0, 9, 5, 20]):
-            with pytest.raises(ShapeError):
-                run(mixer, x, cu_seqlens=np.array(edges))
-        for edges in ([1, 20], [0, 12, 9, 20], [0, 19], [0.0, 20.0]):
-            with pytest.raises(ShapeError):
-                run(mixer, x[:1], cu_seqlens=np.array(edges))
+    for edges in ([0, 20], [0, 9, 5, 20]):
         with pytest.raises(ShapeError):
-            run(mixer, x[:1], mask=np.ones((1, 20), bool), cu_seqlens=np.array([0, 20]))
+            run(mixer, x, cu_seqlens=np.array(edges))
+    for edges in ([1, 20], [0, 12, 9, 20], [0, 19], [0.0, 20.0]):
+        with pytest.raises(ShapeError):
+            run(mixer, x[:1], cu_seqlens=np.array(edges))
+    with pytest.raises(ShapeError):
+        run(mixer, x[:1], mask=np.ones((1, 20), bool), cu_seqlens=np.array([0, 20]))

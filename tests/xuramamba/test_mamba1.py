@@ -83,46 +83,6 @@ def build(**fields):
     return mixer.to_dtype(np.float64)
 
 
-def sequence(length=9, seed=0):
-    return np.random.default_rng(seed).standard_normal((2, length, 6))
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 5, 9])
-def test_any_chunking_gives_the_full_result(chunk):
-    mixer, x = build(), sequence()
-    with xc.no_grad():
-        whole, last = mixer(xc.Tensor(x))
-        state, pieces = mixer.initial_state(2), []
-        for start in range(0, 9, chunk):
-            y, state = mixer(xc.Tensor(x[:, start : start + chunk]), state)
-            pieces.append(y.numpy())
-    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole.numpy(), rtol=1e-11, atol=1e-12)
-    for a, b in zip(state, last):
-        np.testing.assert_allclose(a.numpy(), b.numpy(), rtol=1e-11, atol=1e-12)
-
-
-def test_the_past_does_not_see_the_future():
-    mixer, x = build(), sequence()
-    other = x.copy()
-    other[:, 4:] += 1
-    with xc.no_grad():
-        one, two = (mixer(xc.Tensor(value))[0].numpy() for value in (x, other))
-    np.testing.assert_array_equal(one[:, :4], two[:, :4])
-
-
-
-def test_gradient_reaches_the_initial_state():
-    mixer, x = build(), sequence(length=3)
-    with xc.no_grad():
-        _, start = mixer(xc.Tensor(sequence(seed=5)))
-
-    def function(conv, ssm):
-        y, after = mixer(xc.Tensor(x), (conv, ssm))
-        return y, *after
-
-    assert xc.gradcheck(function, [part.numpy() for part in start])
-
-
 @pytest.mark.parametrize("fields", [
         {"d_conv": 0}, {"dt_rank": "some"}, {"dt_rank": 0}, {"d_stat": 3}, {"dt_limit": (0.2, 0.1)},
         {"dt_limit": (-1.0, 1.0)}, {"mixer_rms_eps": -1.0},

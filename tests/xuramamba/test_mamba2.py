@@ -87,42 +87,6 @@ def test_it_is_the_recurrence_of_its_definition(variant):
         close(got, want)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("chunk", [1, 3, 10])
-def test_any_chunking_gives_the_full_result(variant, chunk):
-    mixer, x = build(**VARIANTS[variant]), sequence()
-    whole, last = run(mixer, x)
-    state, pieces = mixer.initial_state(2), []
-    for start in range(0, x.shape[1], chunk):
-        y, state = run(mixer, x[:, start : start + chunk], state)
-        pieces.append(y)
-    close(np.concatenate(pieces, axis=1), whole)
-    close_states(state, last)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_the_past_does_not_see_the_future(variant):
-    mixer, x = build(**VARIANTS[variant]), sequence()
-    other = x.copy()
-    other[:, 6:] += 1
-    close(run(mixer, x)[0][:, :6], run(mixer, other)[0][:, :6], 1e-13)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("side", ["right", "left", "inside"])
-def test_padding_is_truncation(variant, side):
-    mixer, x = build(**VARIANTS[variant]), sequence(batch=1, length=6)
-    _, start = run(mixer, sequence(batch=1, seed=4))
-    short, last = run(mixer, x, start)
-    keep = {"right": range(6), "left": range(3, 9), "inside": [0, 1, 4, 5, 6, 8]}[side]
-    padded, mask = np.full((1, 9, 8), 7.0), np.zeros((1, 9), bool)
-    padded[:, keep], mask[:, keep] = x, True
-    y, state = run(mixer, padded, start, mask=mask)
-    close(y[:, keep], short)
-    close(y[~mask], 0)
-    close_states(state, last)
-
-
 def test_rows_of_different_lengths_are_what_they_are_alone():
     mixer, x = build(), sequence(batch=3, length=7)
     mask = np.arange(7) < np.array([7, 0, 3])[:, None]
@@ -159,34 +123,6 @@ def test_packed_sequences_are_separate_ones(carried):
             alone, last = run(mixer, x[:, low:high], before)
             close(y[:, low:high], alone)
             close_states([part[i : i + 1] for part in state], last)
-
-
-def test_the_gradient_of_packed_sequences_is_that_of_separate_ones():
-    mixer, x = build(), sequence(batch=1, length=9)
-
-    def gradients(parts):
-        mixer.zero_grad()
-        tensor = xc.Tensor(x, requires_grad=True)
-        outputs = parts(tensor)
-        sum((y * y).sum() for y in outputs).backward()
-        return [tensor.grad] + [parameter.grad for parameter in mixer.parameters()]
-
-    one = gradients(lambda x: [mixer(x, cu_seqlens=[0, 4, 9])[0]])
-    two = gradients(lambda x: [mixer(x[:, :4])[0], mixer(x[:, 4:])[0]])
-    for a, b in zip(one, two):
-        close(a, b)
-
-
-
-def test_gradient_reaches_the_initial_state():
-    mixer, x = build(), sequence(length=3)
-    _, start = run(mixer, sequence(seed=5))
-
-    def function(conv, ssm):
-        y, after = mixer(xc.Tensor(x), (conv, ssm))
-        return y, *after
-
-    assert xc.gradcheck(function, [part.numpy() for part in start])
 
 
 @pytest.mark.parametrize(

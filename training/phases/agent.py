@@ -43,11 +43,6 @@ class InjectionBatches:
                 "tools": [row.tool["name"] for row in tool_rows] + [None] * len(plain_rows)}
 
 
-def tool_names(rows):
-    """The tools that rows speak of, sorted."""
-    return tuple(sorted({row.tool["name"] for row in rows if row.tool}))
-
-
 def injection_objective(model, cards, weight_state=4.0, weight_answer=1.0, weight_tool=1.0):
     """The loss of stage 1 over a module with ``injector`` and ``selector``.
 

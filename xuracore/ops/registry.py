@@ -33,7 +33,6 @@ class Primitive:
     reference(*arrays, **attributes) -> output(s), plain NumPy in float64: what the op means.
     samples(rng) -> iterable of (inputs, attributes), small and float64, edge cases included.
     tolerance : relative difference allowed between the float32 op and its reference.
-    consumes : the vjp uses up what was saved, so that a graph through the op is good for one backward.
     """
 
     name: str
@@ -44,7 +43,6 @@ class Primitive:
     outputs: int = 1
     tolerance: float = 1e-5
     weak: bool = False  # integer arrays take the float type they meet: they are numbers, not indices
-    consumes: bool = False
 
     def __post_init__(self):
         self.bare = self.forward, self.vjp
@@ -92,7 +90,7 @@ def note(saved, **remarks):
     return saved
 
 
-def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False, consumes=False):
+def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e-5, weak=False):
     """Register an op and return the function users call.
 
     That function takes Tensors, arrays, numbers or None by position and attributes by keyword (a Tensor
@@ -101,7 +99,7 @@ def primitive(name, forward, vjp, *, reference, samples, outputs=1, tolerance=1e
     """
     if name in REGISTRY:
         raise ValueError(f"an op named {name!r} is already registered")
-    record = Primitive(name, forward, vjp, reference, samples, outputs, tolerance, weak, consumes)
+    record = Primitive(name, forward, vjp, reference, samples, outputs, tolerance, weak)
     REGISTRY[name] = record
     call = recorded(record)
     call.__doc__ = forward.__doc__ or reference.__doc__
