@@ -5,6 +5,7 @@ time waiting for each other.  The default is what the process may really use:
 CPU affinity, a container's quota and ``XURA_NUM_THREADS``, whichever is least.
 """
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -166,7 +167,7 @@ def _work(jobs):
         jobs.get().do()
 
 
-_sharing, _sharing_lock, _blas_before = 0, threading.Lock(), ()  # calls of share() under way, and what they set aside
+_holding, _holding_lock, _blas_before = 0, threading.Lock(), ()  # blocks of one_blas_thread(), and what they set aside
 
 
 def share(calls, work):
@@ -177,11 +178,8 @@ def share(calls, work):
     """
     workers = min(len(calls), get_num_threads()) if work >= SHARED_WORK and parallel_allowed() else 1
     runs = [calls[i::workers] for i in range(max(1, workers))]
-    _hold_blas(1)
-    try:
+    with one_blas_thread():
         run([(_in_turn, each) for each in runs])
-    finally:
-        _hold_blas(-1)
 
 
 SHARED_WORK = 2_000_000  # handing tasks to another thread costs as much as a million products
@@ -192,16 +190,25 @@ def _in_turn(calls):
         function(*arguments)
 
 
+@contextlib.contextmanager
+def one_blas_thread():
+    """Inside, BLAS starts no threads of its own: the first of several blocks sets that, the last sets it back."""
+    _hold_blas(1)
+    try:
+        yield
+    finally:
+        _hold_blas(-1)
+
+
 def _hold_blas(step):
-    """Count the callers that need BLAS on one thread: the first sets it, the last sets it back."""
-    global _sharing, _blas_before
-    with _sharing_lock:
-        if _sharing == 0:
+    global _holding, _blas_before
+    with _holding_lock:
+        if _holding == 0:
             _blas_before = [(setter, getter()) for getter, setter in _blas_functions()]
-        _sharing += step
+        _holding += step
         for setter, before in _blas_before:
             if before > 1:
-                setter(1 if _sharing else before)
+                setter(1 if _holding else before)
 
 
 def blas_is_controlled():
@@ -235,10 +242,10 @@ def _blas_functions():
 
 def _after_fork():
     """A child starts with the forking thread alone: no workers, and nobody who holds these locks."""
-    global _jobs, _workers, _workers_lock, _sharing_lock, _forked
+    global _jobs, _workers, _workers_lock, _holding, _holding_lock, _forked
     _forked = True
     _jobs, _workers = queue.SimpleQueue(), 0
-    _workers_lock, _sharing_lock = threading.Lock(), threading.Lock()
+    _workers_lock, _holding_lock, _holding = threading.Lock(), threading.Lock(), 0  # those who held it are not here
 
 
 if hasattr(os, "register_at_fork"):

@@ -122,3 +122,16 @@ print(first, hashlib.sha256(xc.ops.matmul(x, x).tobytes()).hexdigest())
     assert first == later
     x = np.random.default_rng(0).standard_normal((4, 4))
     np.testing.assert_array_equal(xc.ops.matmul(x, x), x @ x)
+
+
+@pytest.mark.skipif(not threads.blas_is_controlled(), reason="this BLAS cannot be controlled")
+def test_blocks_that_overlap_give_blas_its_threads_back():
+    before = threads.blas_threads()
+    first, second = threads.one_blas_thread(), threads.one_blas_thread()
+    first.__enter__()
+    second.__enter__()
+    assert threads.blas_threads() == 1
+    first.__exit__(None, None, None)
+    assert threads.blas_threads() == 1
+    second.__exit__(None, None, None)
+    assert threads.blas_threads() == before

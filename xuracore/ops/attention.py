@@ -10,10 +10,8 @@ Grouped queries: with fewer key heads than query heads, each key head serves a r
 queries are therefore (B, G, H/G, L, D) and keys (B, G, 1, M, D): a task is a few of the B·G groups, in two slices.
 """
 
-import contextlib
 import functools
 import math
-import threading
 from collections import deque
 
 import numpy as np
@@ -219,7 +217,7 @@ class _Plan:
         waiting = deque(tasks)
         if not helpers:
             return _work_off(function, waiting)
-        with _one_blas_thread():
+        with threads.one_blas_thread():
             threads.run([(_work_off, function, waiting)] * (helpers + 1))
 
 
@@ -231,32 +229,6 @@ def _work_off(function, waiting):
             return
         for task in tasks:
             function(task)
-
-
-_blas_lock, _blas_users, _blas_before = threading.Lock(), 0, None
-
-
-@contextlib.contextmanager
-def _one_blas_thread():
-    """Inside, BLAS does not start threads of its own; the last of several to leave restores their number."""
-    global _blas_users, _blas_before
-    with _blas_lock:
-        if not _blas_users:
-            _blas_before = threads.blas_threads()
-            _set_blas(1)
-        _blas_users += 1
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if not _blas_users and _blas_before is not None:
-                _set_blas(_blas_before)
-
-
-def _set_blas(count):
-    for _, setter in threads._blas_functions():
-        setter(count)
 
 
 # ---------------------------------------------------------------------- what it means
