@@ -181,10 +181,12 @@ def _read_archive(stream, path):
     for info in sorted(infos, key=lambda info: info.header_offset):
         entry = info.filename
         _check_entry(info, entry in spans, path)
+        if not ends <= info.header_offset <= size:  # a damaged table of contents also gives negative ones
+            raise FormatError("overlaps another entry, or lies outside the file", path, entry)
         stream.seek(info.header_offset)
         local = stream.read(30)
-        if info.header_offset < ends or len(local) < 30 or not local.startswith(b"PK\x03\x04"):
-            raise FormatError("overlaps another entry, or has no header of its own", path, entry)
+        if len(local) < 30 or not local.startswith(b"PK\x03\x04"):
+            raise FormatError("has no header of its own", path, entry)
         start = info.header_offset + 30 + sum(struct.unpack("<HH", local[26:30]))
         ends = start + info.file_size
         if ends > size:
