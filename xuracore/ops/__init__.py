@@ -43,6 +43,7 @@ from xuracore.ops.shape import (
     astype, broadcast_to, chunk, concatenate, expand_dims, flatten, flip, moveaxis, pad, permute, reshape, split,
     squeeze, stack, swapaxes, transpose, unsqueeze, unstack,
 )
+from xuracore.ops.spread import covariance_penalty, uniformity_loss, variance_hinge, vicreg_loss
 from xuracore.ops.ssd import ssd_scan
 from xuracore.ops.trapezoid import trapezoidal_scan
 from xuracore.ops.unpack import unpack_2, unpack_3, unpack_8

@@ -50,7 +50,7 @@ def _log_softmax(x, axis):
     return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
 
 
-def _multi_positive(p, q, index, log_scale):
+def _multi_positive(p, q, index, log_scale, log_prior=0.0):
     """Loss and its slope with respect to the logits; see :func:`_multi_positive_info_nce_forward`."""
     cosines, scale, logits = _logits(p, q, log_scale)
     hit = np.zeros_like(logits)
@@ -58,8 +58,8 @@ def _multi_positive(p, q, index, log_scale):
     count = hit.sum(axis=0)
     present = np.count_nonzero(count)
     share = hit / np.maximum(count, 1)
-    by_row, by_column = _log_softmax(logits, 1), _log_softmax(logits, 0)
-    loss = -0.5 * (np.sum(hit * by_row) / len(p) + np.sum(share * by_column) / present)
+    by_row, by_column = _log_softmax(logits + log_prior, 1), _log_softmax(logits, 0)
+    loss = -0.5 * (by_row[hit > 0].sum() / len(p) + np.sum(share * by_column) / present)
     slope = 0.5 * ((np.exp(by_row) - hit) / len(p) + (np.exp(by_column) * (count > 0) - share) / present)
     return loss, (p, q, cosines, scale, slope)
 
@@ -105,7 +105,7 @@ info_nce = primitive("info_nce", _info_nce_forward, _info_nce_vjp, reference=_in
                      samples=_info_nce_samples)
 
 
-def _multi_positive_info_nce_forward(p, q, target_index, log_scale):
+def _multi_positive_info_nce_forward(p, q, target_index, log_scale, log_prior=None):
     """InfoNCE with K distinct targets, each the positive of any number of predictions.
 
     p (B, D), q (K, D) of unit length; target_index (B,) says which q each p belongs to.  With M the
@@ -116,23 +116,31 @@ def _multi_positive_info_nce_forward(p, q, target_index, log_scale):
 
     Targets that no p belongs to (extra negatives) count in the rows only.  With a distinct target
     for every p this is ``info_nce``.  The column term cannot fall below mean_k log c_k.
+
+    log_prior (K,), not differentiated, is added to the logits of the rows: how frequent each target is.  What
+    p and q then learn is how much more likely than usual a target is (Menon et al. 2021).  With log c_k the
+    rows are those of ``info_nce`` on repeated targets.
     """
     name = "multi_positive_info_nce"
     p, q = _embeddings(name, p, q)
-    loss, saved = _multi_positive(p, q, _positions(name, p, q, target_index), log_scale)
+    if log_prior is not None and np.shape(log_prior) != (len(q),):
+        raise ShapeError(f"{name}: log_prior has shape {np.shape(log_prior)}; expected one for each of {len(q)} q")
+    prior = 0.0 if log_prior is None else np.asarray(log_prior, np.float64)
+    loss, saved = _multi_positive(p, q, _positions(name, p, q, target_index), log_scale, prior)
     return np.asarray(loss, dtype=p.dtype), (saved, np.shape(log_scale))
 
 
 def _multi_positive_info_nce_vjp(grad, saved, needs):
     to_p, to_q, to_scale = _spread(grad, *saved)
-    return to_p, to_q, None, to_scale
+    return to_p, to_q, None, to_scale, None
 
 
-def _multi_positive_info_nce_reference(p, q, target_index, log_scale):
+def _multi_positive_info_nce_reference(p, q, target_index, log_scale, log_prior=None):
     logits = np.exp(log_scale) * p @ q.T
+    weight = np.ones(len(q)) if log_prior is None else np.exp(log_prior)
     rows = columns = 0.0
     for i, k in enumerate(target_index):
-        rows -= np.log(np.exp(logits[i, k]) / np.exp(logits[i]).sum()) / len(p)
+        rows -= np.log(weight[k] * np.exp(logits[i, k]) / (weight * np.exp(logits[i])).sum()) / len(p)
     present = np.unique(target_index)
     for k in present:
         members = np.flatnonzero(target_index == k)
@@ -141,10 +149,16 @@ def _multi_positive_info_nce_reference(p, q, target_index, log_scale):
     return 0.5 * (rows + columns)
 
 
-def _multi_positive_info_nce_samples(rng):
+def _targets(rng):
     yield (_unit(rng, 5, 4), _unit(rng, 3, 4), np.array([0, 2, 0, 1, 0]), np.array(1.5)), {}
     yield (_unit(rng, 4, 3), _unit(rng, 6, 3), np.array([5, 5, 1, 0]), np.array(2.0)), {}
     yield (_unit(rng, 2, 3), _unit(rng, 1, 3), np.array([0, 0]), np.array(1.0)), {}
+
+
+def _multi_positive_info_nce_samples(rng):
+    yield from _targets(rng)
+    prior = (0.1, -0.5, 0.7)
+    yield (_unit(rng, 4, 3), _unit(rng, 3, 3), np.array([0, 1, 0, 2]), np.array(1.2)), {"log_prior": prior}
 
 
 multi_positive_info_nce = primitive(
@@ -189,7 +203,7 @@ def _sigmoid_contrastive_loss_reference(p, q, target_index, log_scale, bias):
 
 
 def _sigmoid_contrastive_loss_samples(rng):
-    for inputs, _ in _multi_positive_info_nce_samples(rng):
+    for inputs, _ in _targets(rng):
         yield (*inputs, np.array(-1.0)), {}
 
 
