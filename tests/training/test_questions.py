@@ -1,18 +1,25 @@
 """Every answer is recomputed here from the words of the question, by slower and separate means."""
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from training.data.questions import (MAX_QUERY_BYTES, NON_RELATIONAL, QUESTION_TYPES, RELATIONAL, questions)
+from training.data.questions import (MAX_QUERY_BYTES, NON_RELATIONAL, QUESTION_TYPES, RELATIONAL,
+                                     TEMPLATE_SETS, questions)
 from training.data.scenes import COLOURS, HELD_OUT_PAIRS, SHAPES, SIZES, SPLITS, scene
 from xuracore.errors import ConfigError
 
 GAP = 3
 
 
+OTHER = {"grey": "gray", "disc": "circle", "discs": "circle", "box": "square", "boxes": "square", "big": "large",
+         "little": "small", "tiny": "small"}
+
+
 def words_of(query, vocabulary):
-    cleaned = [w.strip("?,:").removesuffix("'s") for w in query.split()]
+    cleaned = [w.strip("?,:.").removesuffix("'s") for w in query.split()]
+    cleaned = [OTHER.get(w, w) for w in cleaned]
     return [w.removesuffix("s") if w not in vocabulary else w for w in cleaned
             if w in vocabulary or w.removesuffix("s") in vocabulary]
 
@@ -47,7 +54,8 @@ def furthest(this, colour):
 
 
 def alone_on_side(this, query, colour):
-    side = next(s for s in ("left", "right", "above", "below") if s in query.split())
+    words = {"over": "above", "top": "above", "under": "below", "underneath": "below"}
+    side = next(words.get(w, w) for w in query.split() if words.get(w, w) in ("left", "right", "above", "below"))
     anchor = the(this, colour)
     axis, sign = {"left": ("x", -1), "right": ("x", 1), "above": ("y", -1), "below": ("y", 1)}[side]
     offsets = {o.colour: sign * (getattr(o, axis) - getattr(anchor, axis))
@@ -55,6 +63,13 @@ def alone_on_side(this, query, colour):
     assert all(abs(offset) >= GAP for offset in offsets.values())
     (only,) = [c for c, offset in offsets.items() if offset > 0]
     return the(this, only)
+
+
+def in_order(query, colours, after):
+    """The two colours, the one that is said to come first in front."""
+    words = set(re.findall(r"\w+", query))
+    swapped = bool(words & after) != bool(words & {"seen", "looking"})
+    return colours[::-1] if swapped else colours
 
 
 def before(a, b, axis):
@@ -92,11 +107,14 @@ def recompute(this, asked):
             shape = the(this, *colours).shape
             return str(sum(o.shape == shape for o in this.objects if o.colour != colours[0]))
         case "left_of":
-            return before(*(the(this, c) for c in colours), "x")
+            after = set() if "left" in asked.query else {"right"}
+            return before(*(the(this, c) for c in in_order(asked.query, colours, after)), "x")
         case "above":
-            return before(*(the(this, c) for c in colours), "y")
+            after = {"below", "under", "underneath", "lower", "down"}
+            return before(*(the(this, c) for c in in_order(asked.query, colours, after)), "y")
         case "compare_count":
-            return "yes" if count[shapes[0]] > count[shapes[1]] else "no"
+            more, fewer = in_order(asked.query, shapes, {"fewer", "smaller", "lower", "outnumbered"})
+            return "yes" if count[more] > count[fewer] else "no"
         case "two_hop":
             return alone_on_side(this, asked.query, *colours).shape
     raise AssertionError(f"no checker for {asked.type}")
@@ -106,7 +124,7 @@ def ask(split, count, **how):
     return [(this, q) for this in (scene(split, i) for i in range(count)) for q in questions(this, **how)]
 
 
-@pytest.mark.parametrize("templates", ["train", "paraphrase"])
+@pytest.mark.parametrize("templates", TEMPLATE_SETS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_answer_is_right_and_unambiguous(split, templates):
     asked = ask(split, 150, per_type=2, templates=templates)
@@ -123,18 +141,18 @@ def test_relational_means_more_than_one_object():
 
 
 def test_questions_are_short_ascii_and_grammatical():
-    for templates in ("train", "paraphrase"):
+    for templates, usual in (("plain", 35), ("wide", 45), ("paraphrase", 42)):
         lengths = [len(q.query.encode()) for _, q in ask("train", 200, templates=templates)]
-        assert max(lengths) <= MAX_QUERY_BYTES and np.mean(lengths) <= 35
-    for _, q in ask("train", 300, types=["existence"]):
-        assert q.query.isascii() and " a orange" not in q.query and " an red" not in q.query
+        assert max(lengths) <= MAX_QUERY_BYTES and np.mean(lengths) <= usual
+    for templates in TEMPLATE_SETS:
+        for _, q in ask("train", 150, types=["existence"], templates=templates):
+            assert q.query.isascii() and " a orange" not in q.query and " an red" not in q.query
 
 
-def test_training_never_sees_a_paraphrase_template():
-    for kind in QUESTION_TYPES.values():
-        assert not set(kind.templates) & set(kind.paraphrases)
-    plain = {q.query for _, q in ask("train", 300)}
-    assert not plain & {q.query for _, q in ask("train", 300, templates="paraphrase")}
+def test_however_it_is_worded_the_same_is_asked():
+    plain, wide, unseen = ([(q.type, q.arguments, q.answer) for _, q in ask("train", 50, templates=templates)]
+                           for templates in TEMPLATE_SETS)
+    assert plain == wide == unseen
 
 
 def test_answers_are_near_uniform_in_every_type():

@@ -31,7 +31,7 @@ class Dataset:
         self.name, self.rows = name, tuple(rows)
 
     @classmethod
-    def scenes(cls, split, count, seed=0, start=0, types=None, per_type=1, templates="train"):
+    def scenes(cls, split, count, seed=0, start=0, types=None, per_type=1, templates="plain"):
         """Questions about ``count`` scenes of a split from number ``start``; the rest as in ``questions``."""
         return cls(f"scenes/{split}", [
             row for index in range(start, start + count)
@@ -47,13 +47,14 @@ class Dataset:
         return cls(f"captions/{split}", rows)
 
     @classmethod
-    def tools(cls, split, count, seed=0, start=0, pools=("known", "test"), types=TOOL_TYPES, per_type=1):
+    def tools(cls, split, count, seed=0, start=0, pools=("known", "test"), types=TOOL_TYPES, per_type=1,
+              templates="plain"):
         """Tool questions about scenes of a split; each scene takes the next of the given pools of keys."""
         if not pools:
             raise ConfigError("tool questions need at least one pool of keys")
         return cls(f"tools/{split}", [
             row for index in range(start, start + count)
-            for row in _tool_rows(scene(split, index, seed), pools[index % len(pools)], types, per_type)])
+            for row in _tool_rows(scene(split, index, seed), pools[index % len(pools)], types, per_type, templates)])
 
     @classmethod
     def manifest(cls, path, split=None, max_bad_fraction=0.0):
@@ -107,8 +108,8 @@ def _question_rows(this, types, per_type, templates):
             for i, q in enumerate(questions(this, per_type, types, templates))]
 
 
-def _tool_rows(this, pool, types, per_type):
+def _tool_rows(this, pool, types, per_type, templates):
     return [Sample(_name(this, pool, i), this, q.query, q.answer, (q.answer,), type=q.type, split=this.split,
                    tool={"name": q.tool, "arguments": q.arguments, "result": q.result},
                    meta={"known": q.known, "key": q.key, "pool": pool})
-            for i, q in enumerate(tool_questions(this, pool, types, per_type))]
+            for i, q in enumerate(tool_questions(this, pool, types, per_type, templates))]

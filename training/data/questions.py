@@ -5,17 +5,19 @@ anything ambiguous is left out.  Which object is asked about is chosen *after* t
 the answers of a type are near uniform and the question text alone says little (``training/data/priors.py``
 measures how little).
 
-Each type has a few short templates for training and others, never seen there, for the test of paraphrases.
+Each type has a few short templates; ``training/data/wordings.py`` has the many other ways to ask, and those that
+training never sees.
 """
 from dataclasses import dataclass
 from typing import Callable
 
 from training.data.rng import Draws
 from training.data.scenes import COLOURS, HELD_OUT_PAIRS, MIDDLE, SHAPES, SIZES
+from training.data.wordings import UNSEEN, WIDE, Draw, wide
 from xuracore.errors import ConfigError
 
 MIN_GAP = 3            # pixels
-MAX_QUERY_BYTES = 48
+MAX_QUERY_BYTES = 120
 YES_NO = ("yes", "no")
 
 
@@ -52,10 +54,19 @@ class QuestionType:
     candidates: Callable
     answers: tuple
     templates: tuple
-    paraphrases: tuple
     slots: tuple
     weights: tuple | None = None
     strict: bool = False
+
+    @property
+    def wide(self):
+        """The patterns of all wordings that training may use, the plain templates among them."""
+        return self.templates + WIDE[self.name]
+
+    @property
+    def paraphrases(self):
+        """Sentences that training never uses."""
+        return UNSEEN[self.name]
 
 
 class SceneTables:
@@ -160,9 +171,8 @@ def _two_hop(tables):
     return result
 
 
-def _type(name, family, relational, candidates, answers, slots, templates, paraphrases, **more):
-    return QuestionType(name, family, relational, candidates, answers, tuple(templates), tuple(paraphrases),
-                        slots, **more)
+def _type(name, family, relational, candidates, answers, slots, templates, **more):
+    return QuestionType(name, family, relational, candidates, answers, tuple(templates), slots, **more)
 
 
 # Counts are drawn in inverse proportion to how often a training scene can give them (measured on 20 000
@@ -171,69 +181,56 @@ def _type(name, family, relational, candidates, answers, slots, templates, parap
 _COUNTS = ("0", "1", "2", "3", "4")
 QUESTION_TYPES = {t.name: t for t in (
     _type("shape", "attribute", False, _attribute("shape"), SHAPES, ("a",),
-          ["what shape is the {a} one?", "shape of the {a} object?", "the {a} one is what shape?"],
-          ["name the {a} thing's shape"]),
+          ["what shape is the {a} one?", "shape of the {a} object?", "the {a} one is what shape?"]),
     _type("size", "attribute", False, _attribute("size"), SIZES, ("a",),
-          ["is the {a} one small or large?", "what size is the {a} one?", "size of the {a} object?"],
-          ["how big is the {a} thing?"]),
+          ["is the {a} one small or large?", "what size is the {a} one?", "size of the {a} object?"]),
     _type("colour_of_shape", "attribute", False, _colour_of_shape, COLOURS, ("a",),
-          ["what colour is the {a}?", "colour of the {a}?", "the {a} is what colour?"],
-          ["name the {a}'s colour"]),
+          ["what colour is the {a}?", "colour of the {a}?", "the {a} is what colour?"]),
     _type("horizontal", "position", False, _half("x", ("left", "right")), ("left", "right"), ("a",),
-          ["is the {a} one left or right?", "left or right: the {a} one?", "is {a} on the left or right?"],
-          ["which side is the {a} thing on?"]),
+          ["is the {a} one left or right?", "left or right: the {a} one?", "is {a} on the left or right?"]),
     _type("vertical", "position", False, _half("y", ("top", "bottom")), ("top", "bottom"), ("a",),
-          ["is the {a} one top or bottom?", "top or bottom: the {a} one?", "is {a} at the top or bottom?"],
-          ["is the {a} thing high up or low down?"]),
+          ["is the {a} one top or bottom?", "top or bottom: the {a} one?", "is {a} at the top or bottom?"]),
     _type("existence", "existence", False, _existence, YES_NO, ("a", "b"),
-          ["is there {an} {a} {b}?", "any {a} {b} here?", "do you see {an} {a} {b}?"],
-          ["does the image have {an} {a} {b}?"], strict=True),
+          ["is there {an} {a} {b}?", "any {a} {b} here?", "do you see {an} {a} {b}?"], strict=True),
     _type("count_shape", "count", False, _count_shape, _COUNTS, ("a",),
           ["how many {a}s are there?", "number of {a}s?", "count the {a}s"],
-          ["what is the {a} count?"], strict=True, weights=(1.72, 1.37, 1.70, 2.75, 6.52)),
+          strict=True, weights=(1.72, 1.37, 1.70, 2.75, 6.52)),
     _type("count_size", "count", False, _count_size, _COUNTS[1:], ("a",),
           ["how many {a} ones are there?", "number of {a} objects?", "count the {a} ones"],
-          ["what is the {a} object count?"], strict=True, weights=(2.32, 1.79, 2.34, 4.31)),
+          strict=True, weights=(2.32, 1.79, 2.34, 4.31)),
     _type("closest_shape", "distance", True, _extreme(1, "shape"), SHAPES, ("a",),
-          ["what shape is nearest the {a} one?", "shape closest to the {a} one?", "shape nearest to {a}?"],
-          ["the {a} one's neighbour: what shape?"]),
+          ["what shape is nearest the {a} one?", "shape closest to the {a} one?", "shape nearest to {a}?"]),
     _type("furthest_shape", "distance", True, _extreme(-1, "shape"), SHAPES, ("a",),
-          ["what shape is furthest from {a}?", "shape furthest from the {a} one?"],
-          ["most distant from {a}: what shape?"]),
+          ["what shape is furthest from {a}?", "shape furthest from the {a} one?"]),
     _type("closest_colour", "distance", True, _extreme(1, "colour"), COLOURS, ("a",),
-          ["what colour is nearest the {a} one?", "colour closest to the {a} one?", "colour nearest to {a}?"],
-          ["the {a} one's neighbour: what colour?"]),
+          ["what colour is nearest the {a} one?", "colour closest to the {a} one?", "colour nearest to {a}?"]),
     _type("closest_size", "distance", True, _extreme(1, "size"), SIZES, ("a",),
-          ["what size is nearest the {a} one?", "size of the one closest to {a}?", "size nearest to {a}?"],
-          ["the {a} one's neighbour: what size?"]),
+          ["what size is nearest the {a} one?", "size of the one closest to {a}?", "size nearest to {a}?"]),
     _type("same_shape_count", "count", True, _same_shape_count, _COUNTS[:4], ("a",),
           ["how many others have the {a} one's shape?", "others shaped like the {a} one?"],
-          ["how many more are shaped like {a}?"], strict=True, weights=(1.37, 1.70, 2.75, 6.52)),
+          strict=True, weights=(1.37, 1.70, 2.75, 6.52)),
     _type("left_of", "order", True, _before("x"), YES_NO, ("a", "b"),
-          ["is the {a} one left of the {b} one?", "is {a} to the left of {b}?", "{a} left of {b}?"],
-          ["does {a} lie to the left of {b}?"], strict=True),
+          ["is the {a} one left of the {b} one?", "is {a} to the left of {b}?", "{a} left of {b}?"], strict=True),
     _type("above", "order", True, _before("y"), YES_NO, ("a", "b"),
-          ["is the {a} one above the {b} one?", "is {a} higher than {b}?", "{a} above {b}?"],
-          ["does {a} lie above {b}?"], strict=True),
+          ["is the {a} one above the {b} one?", "is {a} higher than {b}?", "{a} above {b}?"], strict=True),
     _type("compare_count", "count", True, _compare_count, YES_NO, ("a", "b"),
-          ["are there more {a}s than {b}s?", "more {a}s than {b}s?"],
-          ["do the {a}s outnumber the {b}s?"], strict=True),
+          ["are there more {a}s than {b}s?", "more {a}s than {b}s?"], strict=True),
     _type("two_hop", "order", True, _two_hop, SHAPES, ("a", "b"),
-          ["what shape is {a} the {b} one?", "shape {a} the {b} one?", "what shape is {a} {b}?"],
-          ["which shape lies {a} the {b} one?"]),
+          ["what shape is {a} the {b} one?", "shape {a} the {b} one?", "what shape is {a} {b}?"]),
 )}
 RELATIONAL = tuple(t.name for t in QUESTION_TYPES.values() if t.relational)
 NON_RELATIONAL = tuple(t.name for t in QUESTION_TYPES.values() if not t.relational)
-TEMPLATE_SETS = ("train", "paraphrase")
+TEMPLATE_SETS = ("plain", "wide", "paraphrase")
 
 
-def questions(scene, per_type=1, types=None, templates="train", draws=None):
+def questions(scene, per_type=1, types=None, templates="plain", draws=None):
     """Balanced, unambiguous questions about a scene, a list of Question in the order of ``QUESTION_TYPES``.
 
-    ``per_type`` is the most questions of one type, ``types`` names the wanted types (default all),
-    ``templates="paraphrase"`` words them with the templates that training never sees.  ``draws`` defaults to
-    the scene's own stream, which makes the result a function of the scene alone.  In the ``ood`` split every
-    question speaks of an object with a held-out colour × shape pair.
+    ``per_type`` is the most questions of one type, ``types`` names the wanted types (default all).  ``templates``
+    says how they are worded: ``plain`` in two or three ways a type, ``wide`` in hundreds, ``paraphrase`` in ways
+    that training never sees; what is asked is the same.  ``draws`` defaults to the scene's own stream, which
+    makes the result a function of the scene alone.  In the ``ood`` split every question speaks of an object with
+    a held-out colour × shape pair.
 
     Raises ConfigError for an unknown type or template set.
     """
@@ -255,7 +252,7 @@ def questions(scene, per_type=1, types=None, templates="train", draws=None):
             if chosen is not None:
                 arguments, answer = chosen
                 asked.add(arguments)
-                result.append(_word(kind, arguments, answer, draws, templates == "paraphrase"))
+                result.append(_word(kind, arguments, answer, draws, templates))
     return result
 
 
@@ -278,9 +275,11 @@ def _choose(kind, tables, draws, asked):
     return draws.choice(possible[answer]), answer
 
 
-def _word(kind, arguments, answer, draws, paraphrase):
+def _word(kind, arguments, answer, draws, templates):
     words = dict(zip(kind.slots, arguments))
-    words["an"] = "an" if arguments[0] == "orange" else "a"
-    template = draws.choice(kind.paraphrases if paraphrase else kind.templates)
-    query = template.format(**words)
-    return Question(query, answer, kind.name, kind.relational, kind.family, arguments, paraphrase)
+    if templates == "wide":
+        query = wide(kind.wide, words, Draw(draws.word()))
+    else:
+        words["an"] = "an" if arguments[0] == "orange" else "a"
+        query = draws.choice(kind.templates if templates == "plain" else kind.paraphrases).format(**words)
+    return Question(query, answer, kind.name, kind.relational, kind.family, arguments, templates == "paraphrase")

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from training.data.rng import Draws
+from training.data.questions import TEMPLATE_SETS
 from training.data.scenes import SHAPES
+from training.data.wordings import UNSEEN, WIDE, Draw, wide
 from xuracore.errors import ConfigError
 
 POOLS = ("known", "train", "calib", "test")
@@ -27,10 +29,8 @@ TOOL_TYPES = ("price", "sum")
 
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 _TEMPLATES = {
-    "price": ("what does the {colour} one cost at {shop}?", "price of the {colour} one at {shop}?",
-              "what does {colour} cost at {shop}?"),
-    "sum": ("what is {addend} plus the number of {shape}s?", "{addend} plus the number of {shape}s?",
-            "add {addend} to the number of {shape}s"),
+    "price": ("what does the {a} one cost at {b}?", "price of the {a} one at {b}?", "what does {a} cost at {b}?"),
+    "sum": ("what is {b} plus the number of {a}s?", "{b} plus the number of {a}s?", "add {b} to the number of {a}s"),
 }
 
 
@@ -108,12 +108,15 @@ def write_price_list(path, seed=0):
         file.write("{\n" + ",\n".join(rows) + "\n}\n")
 
 
-def tool_questions(scene, pool, types=TOOL_TYPES, per_type=1):
+def tool_questions(scene, pool, types=TOOL_TYPES, per_type=1, templates="plain"):
     """Tool questions about a scene with keys of one pool, a list of ToolQuestion.
 
     In the ``ood`` split the object asked about has a held-out colour × shape pair.  A scene with more than
-    four objects of the drawn shape gets no sum.  Raises ConfigError for an unknown pool or type.
+    four objects of the drawn shape gets no sum.  ``templates`` as in ``questions``.  Raises ConfigError for an
+    unknown pool, type or template set.
     """
+    if templates not in TEMPLATE_SETS:
+        raise ConfigError(f"unknown template set {templates!r}; choose one of {', '.join(TEMPLATE_SETS)}")
     names = shop_names(pool, scene.seed)
     unknown = [kind for kind in types if kind not in TOOL_TYPES]
     if unknown:
@@ -122,7 +125,8 @@ def tool_questions(scene, pool, types=TOOL_TYPES, per_type=1):
     draws, result = Draws("tools", scene.seed, asked_of, scene.index, pool), []
     for kind in types:
         for _ in range(per_type):
-            question = _price(scene, names, pool, draws) if kind == "price" else _sum(scene, pool, draws)
+            ask = _price if kind == "price" else _sum
+            question = ask(scene, names, pool, draws, templates)
             if question is not None:
                 result.append(question)
     return result
@@ -132,22 +136,27 @@ def _about(scene):
     return [thing for thing in scene.objects if thing.held_out or scene.split != "ood"]
 
 
-def _price(scene, names, pool, draws):
+def _word(kind, draws, templates, asked, key):
+    if templates == "wide":
+        return wide(_TEMPLATES[kind] + WIDE[kind], {"a": asked, "b": key}, Draw(draws.word()))
+    return draws.choice(_TEMPLATES[kind] if templates == "plain" else UNSEEN[kind]).format(a=asked, b=key)
+
+
+def _price(scene, names, pool, draws, templates):
     thing, shop = draws.choice(_about(scene)), draws.choice(names)
     answer = str(dict(zip(SHAPES, _prices_of(shop, scene.seed)))[thing.shape])
-    query = draws.choice(_TEMPLATES["price"]).format(colour=thing.colour, shop=shop)
+    query = _word("price", draws, templates, thing.colour, shop)
     return ToolQuestion(query, answer, "price", pool == "known", shop, "lookup", answer,
                         {"shop": shop, "shape": thing.shape})
 
 
-def _sum(scene, pool, draws):
+def _sum(scene, names, pool, draws, templates):
     shape = draws.choice(_about(scene)).shape if scene.split == "ood" else draws.choice(SHAPES)
     addend = draws.choice(ADDENDS[pool])
-    template = draws.choice(_TEMPLATES["sum"])
+    query = _word("sum", draws, templates, shape, str(addend))
     count = sum(thing.shape == shape for thing in scene.objects)
     if count > MAX_COUNT:
         return None
     answer = str(addend + count)
-    query = template.format(addend=addend, shape=shape)
     return ToolQuestion(query, answer, "sum", pool == "known", str(addend), "calculator", answer,
                         {"expression": f"{addend} + {count}"})
