@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xuracore import io, nn, no_grad, ops
+from xuracore import io, nn, no_grad
 from xuracore.errors import ConfigError, DTypeError, FormatError, ShapeError
 from xuracore.tensor import Tensor
 from xuravljepa import image as images
@@ -242,17 +242,3 @@ def _padded_words(rows):
     for row, page in zip(rows, ids):
         page[: len(row)] = row
     return ids
-
-
-def contrastive_loss(model, embedding, answers):
-    """Unique-target multi-positive InfoNCE between predictions (B, E) and their answers (B texts).
-
-    Equal answers are one target, since batches of questions repeat few answers; the model's other known
-    answers serve as further negatives.  Returns (loss, (B,) bool: the right target was nearest).
-    """
-    unique = sorted({*answers, *model.config.answers})
-    position = {text: i for i, text in enumerate(unique)}
-    target = np.array([position[text] for text in answers])
-    encoded = model.encode_answers(unique)
-    nearest = (embedding.data @ encoded.data.T).argmax(axis=1)
-    return ops.multi_positive_info_nce(embedding, encoded, target, model.log_scale), nearest == target

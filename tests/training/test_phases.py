@@ -10,6 +10,7 @@ from training.data.strange import KINDS, strange_image
 from training.loop import Trainer, TrainerConfig
 from training.phases import agent, decoder, jepa, pretrain
 from training.phases.common import FeatureStore, RowBatches
+from training.phases.objective import Objective, ObjectiveConfig, Training
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.decoder import DecoderConfig
 from xuravljepa.model import VLJEPA
@@ -50,7 +51,8 @@ def phase_1(rows):
     model.y_decoder.requires_grad_(False)
     features = FeatureStore(model, rows)
     model.predictor.fit_vision(features.tokens)
-    return model, jepa.loss_function, jepa.QuestionBatches(model, rows, features, 4, turns=2, lesson=2)
+    training = Training(model, Objective(ObjectiveConfig(), model))
+    return training, jepa.answer_loss(), jepa.QuestionBatches(model, rows, features, 4, turns=2, lesson=2)
 
 
 def phase_2(rows):

@@ -1,8 +1,8 @@
 """Phase 1: predictor, Y-Encoder and gates learn to predict the answer's embedding; the X-Encoder is frozen.
 
-The loss is InfoNCE with unique targets and several positives (equal answers are one target), plus a
-small pull of the gates towards open.  Rows of tool questions teach two things: prices and sums of *known*
-keys by heart, and, where the result of a tool stands in the sequence, to read it and say what it says.
+The loss is one of training/phases/objective.py, plus a small pull of the gates towards open.  Rows of tool
+questions teach two things: prices and sums of *known* keys by heart, and, where the result of a tool stands in
+the sequence, to read it and say what it says.
 
 A picture is expensive to read and cheap to ask about, so each sequence holds several turns: after the first
 answer, further questions are read from the state that is there,
@@ -10,13 +10,14 @@ answer, further questions are read from the state that is there,
     [q1] [visual] ([TOOL]) [q1] [READ]   [q2] [READ]   [q3] [READ] …
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 
+from training.accumulate import TwoPass
 from training.phases.common import RowBatches, generator, image_key
 from xuracore import ops
-from xuravljepa.model import contrastive_loss
 from xuravljepa.tokenizer import PAD
 
 
@@ -109,21 +110,36 @@ def collate(model, examples, features):
     }
 
 
-def loss_function(model, batch, rng=None, gate_weight=0.01):
-    """(loss, metrics): "accuracy" over the known answers, "first" of the first turn alone, "gate", "scale"."""
-    first, *later = batch["turns"]
-    reading = model.predictor(first["query"], first["visual"], first["tool"])
-    gate = model.predictor.gate_activation()
+def features(training, batch, rng=None):
+    """(predicted embeddings,): one row per answer of the batch, in their order."""
+    predictor, (first, *later) = training.model.predictor, batch["turns"]
+    reading = predictor(first["query"], first["visual"], first["tool"])
     predicted = [reading.embedding]
     for turn in later:
-        reading = model.predictor.read(turn["query"], reading.states)
+        reading = predictor.read(turn["query"], reading.states)
         predicted.append(reading.embedding)
-    embedding = ops.concatenate(*predicted, axis=0) if later else predicted[0]
-    loss, hits = contrastive_loss(model, embedding, batch["answers"])
-    metrics = {"accuracy": float(np.mean(hits)), "first": float(np.mean(hits[: len(first["answers"])])),
-               "scale": model.scale}
+    return (ops.concatenate(*predicted, axis=0) if later else predicted[0],)
+
+
+def joint(training, predicted, batches, gate_weight=0.01):
+    """(loss, metrics) of the predictions of all ``batches``, each the others' negatives.
+
+    metrics : "accuracy" over all answers at hand, "first" of the first turns alone, "gate" of the last batch,
+    "scale", and those of the Objective.
+    """
+    model, (embedding,) = training.model, predicted
+    loss, found = training.objective(model, embedding, [text for batch in batches for text in batch["answers"]])
+    hits = found.pop("hits")
+    first = np.concatenate([np.arange(len(batch["answers"])) < len(batch["turns"][0]["answers"]) for batch in batches])
+    metrics = {"accuracy": float(np.mean(hits)), "first": float(np.mean(hits[first])), "scale": model.scale, **found}
+    gate = model.predictor.gate_activation()
     if gate is not None:
         penalty = sum((layer.gate.regulariser() for layer in model.predictor.layers), start=0.0)
         loss = loss + penalty * (gate_weight / len(model.predictor.layers))
         metrics["gate"] = float(np.mean(gate))
     return loss, metrics
+
+
+def answer_loss(gate_weight=0.01):
+    """The loss function of a Training for the Trainer; accumulated batches are compared with one another."""
+    return TwoPass(features, functools.partial(joint, gate_weight=gate_weight))

@@ -1,5 +1,6 @@
-"""Phase 1: train predictor, Y-Encoder and gates by InfoNCE; the X-Encoder is frozen."""
+"""Phase 1: train predictor, Y-Encoder and gates to predict the embedding of the answer; the X-Encoder is frozen."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -10,10 +11,10 @@ if not __package__:  # run by path: import the packages that this script lies be
 
 from training import options
 from training.data.dataset import Dataset
-from training.phases import jepa
+from training.phases import jepa, objective
 from training.phases.common import FeatureStore
 from xuracore import no_grad
-from xuracore.errors import FormatError
+from xuracore.errors import ConfigError, FormatError
 from xuravljepa.model import SHIPPED, VLJEPA
 from xuravljepa.presets import VLJEPAConfig
 from xuravljepa.vit import VisionTransformer
@@ -29,7 +30,6 @@ examples:
   python training/scripts/train_jepa.py --data-dir my/pictures --preset small --vit vit-small --epochs 10
 """
 NUMBERS = tuple(str(n) for n in range(31))
-TRAINED = ("predictor", "y_encoder", "log_scale")
 
 
 def data_sets(args):
@@ -68,6 +68,46 @@ def frozen_encoder(args, config, rng):
     return VisionTransformer(config.vision, rng=rng)
 
 
+def objective_options(parser):
+    """What is minimised, and how the Y-Encoder takes part."""
+    group = parser.add_argument_group("objective")
+    group.add_argument("--loss", choices=objective.LOSSES, default="nce",
+                       help="nce: equal answers are one target (default); paired: as published; cosine, l1, l2 need a "
+                       "Y-Encoder that stands still")
+    group.add_argument("--target", choices=objective.TARGETS, help="what the predictor aims at: the Y-Encoder as it "
+                       "learns (default), a frozen one (default for cosine, l1, l2), or its slow average")
+    group.add_argument("--ema-tau", type=float, default=0.996, help="of the slow average at the start, rising to 1")
+    group.add_argument("--temperature", type=float, help="start of the learned temperature (default 0.07; sigmoid 0.1)")
+    group.add_argument("--uniformity", type=float, default=0.0, metavar="WEIGHT",
+                       help="also spread the embeddings evenly; 0.01 to 0.1")
+    group.add_argument("--prior-correct", action="store_true",
+                       help="nce: learn how much likelier than usual an answer is, not how likely")
+    group.add_argument("--negatives", choices=objective.NEGATIVES,
+                       help="all known answers (default up to 512), a bank of them without gradient, or the batch's")
+    group.add_argument("--bank-every", type=options.positive, metavar="STEPS",
+                       help="encode the bank again so often (default 100); implies --negatives bank")
+    group.add_argument("--y-encoder", metavar="DIR", help="take the Y-Encoder of this trained model; 'tiny' is shipped")
+    group.add_argument("--y-encoder-lr-multiplier", type=float, default=1.0,
+                       help="1 from scratch; 0.05 where the Y-Encoder was trained before; 0 freezes it")
+
+
+def objective_config(args, answers, steps):
+    """The ObjectiveConfig of the options; what they leave open follows from the loss and the number of answers."""
+    target = args.target or ("frozen" if args.loss in objective.REGRESSIONS or not args.y_encoder_lr_multiplier
+                             else "online")
+    negatives = args.negatives or ("bank" if args.bank_every else "all" if answers <= 512 else
+                                   "bank" if answers <= 20_000 else "batch")
+    if args.bank_every and negatives != "bank":
+        raise ConfigError(f"--bank-every is for --negatives bank, not for {negatives}")
+    if target != "frozen" and not args.y_encoder_lr_multiplier:
+        raise ConfigError(f"--y-encoder-lr-multiplier 0 freezes the Y-Encoder, --target {target} lets it learn")
+    if target == "frozen" and not args.y_encoder:
+        options.say(args, "warning: the Y-Encoder has random weights and stays so; with --y-encoder DIR it is a "
+                    "trained one")
+    return objective.ObjectiveConfig(args.loss, target, negatives, args.bank_every or 100, args.uniformity,
+                                     args.prior_correct, args.ema_tau, steps)
+
+
 def accuracy_by_type(model, rows, features, batch_size=256):
     """{type: accuracy} of the nearest known answer, with "all" over everything."""
     model.forget_bank()
@@ -96,10 +136,8 @@ def main(argv=None):
     parser.add_argument("--lesson", type=int, metavar="BATCHES",
                         help="begin with so many batches of the simplest generated questions (default 600; none with "
                         "--tiny or --data-dir)")
-    parser.add_argument("--temperature", type=float, default=0.07, help="start of the learned temperature")
     parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
-    parser.add_argument("--y-encoder-lr-multiplier", type=float, default=1.0,
-                        help="1 from scratch; 0.05 where the Y-Encoder was trained before")
+    objective_options(parser)
     parser.add_argument("--max-bad-fraction", type=float, default=0.0,
                         help="share of bad manifest rows to skip before giving up")
     args = parser.parse_args(argv)
@@ -115,25 +153,32 @@ def main(argv=None):
         config = config.with_encoder(encoder)
     model = VLJEPA(config.replace(answers=answers), rng=rng)
     model.x_encoder.load_state_dict(encoder.state_dict())
-    model.log_scale.data[...] = -np.log(args.temperature)
+    if args.y_encoder:
+        model.y_encoder.load_state_dict(VLJEPA.from_pretrained(args.y_encoder).y_encoder.state_dict())
+    start = args.temperature or (math.exp(-objective.SIGMOID_START[0]) if args.loss == "sigmoid" else 0.07)
+    model.log_scale.data[...] = -np.log(start)
     model.requires_grad_(False)
-    for name in TRAINED:
-        getattr(model, name).requires_grad_()
 
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"),
                             cache=args.feature_cache)
     model.predictor.fit_vision(features.tokens[:2000])
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
     batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns, lesson)
+    steps = max(1, args.epochs * len(batches) // args.accumulate) if args.epochs else args.steps
+    steps = steps or args._defaults["steps"]
+    settings = objective_config(args, len(answers), steps)
+    for name in ("predictor", "log_scale") + ("y_encoder",) * (settings.target != "frozen"):
+        getattr(model, name).requires_grad_()
+    training = objective.Training(model, objective.Objective(settings, model, [row.answer for row in train_rows]))
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
     held = held_rows[:: max(1, len(held_rows) // 3000)]
     result, trainer = options.train(
-        model, lambda m, b, rng: jepa.loss_function(m, b, rng, args.angn_reg_weight), batches, args,
-        lr_scales={"y_encoder": args.y_encoder_lr_multiplier},
-        evaluate=lambda m, step: accuracy_by_type(m, held, features), after_step=lambda m: m.clamp_scale(),
+        training, jepa.answer_loss(args.angn_reg_weight), batches, args, steps=steps,
+        lr_scales={"model.y_encoder": args.y_encoder_lr_multiplier},
+        evaluate=lambda t, step: accuracy_by_type(t.model, held, features), after_step=lambda t: t.after_step(),
         describe={"phase": 1, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
-                  "data_seed": args.data_seed},
+                  "data_seed": args.data_seed, "objective": settings.to_dict()},
     )
     if result.reason == "finished":
         with trainer.averaged():
