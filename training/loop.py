@@ -32,12 +32,11 @@ import numpy as np
 import xuracore as xc
 from training import checkpoint
 from training.optim import ExponentialMovingAverage, clip_grad_norm
-from training.progress import MetricLog, ProgressLine, peak_megabytes
+from training.plot import draw_training
+from training.progress import MetricLog, ProgressLine, Taken, Window
 from xuracore.config import Config, require
 from xuracore.errors import ConfigError, XuraError
 from xuracore.io import CheckpointDirectory
-
-TIMINGS = ("seconds", "samples_per_second", "data_seconds", "peak_mb")  # log entries that no seed fixes
 
 
 class TrainingDiverged(XuraError, ArithmeticError):
@@ -60,6 +59,7 @@ class TrainerConfig(Config):
     monitor: str | None = None  # name of the evaluated number that decides which weights are best
     monitor_mode: str = "max"  # "max" or "min"
     patience: int = 0  # evaluations without improvement after which to stop; 0: never
+    min_delta: float = 0.0  # by how much a number must be better than the best so far to be an improvement
     max_skips: int = 10  # steps in a row that are not finite before giving up
     prefetch: bool = True  # make the next batch in a thread meanwhile
     progress_seconds: float = 10.0  # between lines where the output is no terminal
@@ -72,6 +72,7 @@ class TrainerConfig(Config):
             require(value >= bound, f"TrainerConfig.{name} is {value}; it is at least {bound}")
         require(self.clip is None or self.clip > 0, f"TrainerConfig.clip is {self.clip}; positive or None")
         require(self.monitor_mode in ("max", "min"), f"monitor_mode is {self.monitor_mode!r}; 'max' or 'min'")
+        require(self.min_delta >= 0, f"TrainerConfig.min_delta is {self.min_delta}; it is at least 0")
         require(not self.patience or self.monitor, "patience needs the name of a number to monitor")
 
 
@@ -84,6 +85,11 @@ class TrainingResult:
     best: float | None = None
 
     @property
+    def complete(self):
+        """Whether the run came to its end, so that its model is the result."""
+        return self.reason in ("finished", "patience")
+
+    @property
     def exit_code(self):
         """130 after Ctrl-C, as shells expect; 0 otherwise (a requested end is not a failure)."""
         return 130 if self.reason == "SIGINT" else 0
@@ -92,8 +98,8 @@ class TrainingResult:
 class Trainer:
     """Trains ``model``; see the head of this file.
 
-    output_dir : receives metrics.jsonl, checkpoints/ and, with a monitored number, best/.  None writes
-        nothing.
+    output_dir : receives metrics.jsonl and .csv, training.svg, checkpoints/ and, with a monitored number,
+        best/.  None writes nothing.
     evaluate : ``evaluate(model, step) -> {name: number}``, run without gradients on the averaged weights
         where there are any.
     after_step : ``after_step(model)``, for constraints such as a clamped temperature.
@@ -116,9 +122,10 @@ class Trainer:
         if config.ema_decay is not None:
             self.average = ExponentialMovingAverage(optimizer.named_parameters(), config.ema_decay)
         self.step, self.skipped = 0, 0
-        self._skips_in_a_row, self._window = 0, _Window()
+        self._skips_in_a_row, self._window = 0, Window()
         self._best, self._waited = None, 0
         self._stop, self._log, self._line, self._saved_at = None, None, None, None
+        self.when_open = None  # called once ``output_dir`` is this run's
 
     # ------------------------------------------------------------------ the run
     def run(self, resume=False, overwrite=False, stop_at=None):
@@ -146,6 +153,7 @@ class Trainer:
             self._line.close()
             if self._log is not None:
                 self._log.close()
+                draw_training(self._log.path, self.output_dir / "training.svg")
         return TrainingResult(self.step, reason, self._best)
 
     def _steps(self, batches, stop_at):
@@ -166,7 +174,7 @@ class Trainer:
 
     def _one_step(self, batches):
         started, count, rate = time.perf_counter(), self.config.accumulate, float(self.schedule(self.step))
-        taken = _Taken(batches)
+        taken = Taken(batches)
         indices = range(self.step * count, (self.step + 1) * count)
         self.optimizer.zero_grad()
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # _update looks at the result
@@ -243,15 +251,19 @@ class Trainer:
         self._line.say(f"step {self.step}: validation  {shown}")
 
     def _judge(self, value):
-        """Keep the weights of the moment in best/ if ``value`` is the best so far."""
+        """Keep the weights of the moment in best/ if ``value`` is the best so far, by ``min_delta``."""
         sign = 1 if self.config.monitor_mode == "max" else -1
-        if math.isfinite(value) and (self._best is None or sign * value > sign * self._best):
-            self._best, self._waited = value, 0
+        better = math.isfinite(value) and (self._best is None or sign * (value - self._best) > self.config.min_delta)
+        self._waited = 0 if better else self._waited + 1
+        if better:
+            self._best = value
             if self.output_dir is not None:
-                best = CheckpointDirectory(self.output_dir / "best", keep=1)
-                best.save(self.step, self.model.state_dict(), config=self._description())
-        else:
-            self._waited += 1
+                told = {"step": self.step, "monitor": self.config.monitor, "value": value}
+                self._best_directory().save(self.step, self.model.state_dict(), trainer=told,
+                                            config=self._description())
+
+    def _best_directory(self):
+        return CheckpointDirectory(self.output_dir / "best", keep=1)
 
     def _out_of_patience(self):
         return bool(self.config.patience) and self._waited >= self.config.patience
@@ -259,6 +271,14 @@ class Trainer:
     def averaged(self):
         """Context in which the model holds its averaged weights (its own, if none are kept)."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    def adopt(self):
+        """Leave in the model the weights to hand on: the best, where a number is monitored and files are
+        written; else the averaged ones, or the last."""
+        if self._best is not None and self.output_dir is not None:
+            self.model.load_state_dict(self._best_directory().load().model)
+        elif self.average is not None:
+            self.average.adopt()
 
     # ------------------------------------------------------------------ where batches and chance come from
     def _rng(self, index):
@@ -335,7 +355,7 @@ class Trainer:
         self.step, progress, config, trainer = found
         self._check_description(config)
         self.skipped, self._skips_in_a_row = progress["skipped"], progress["skips_in_a_row"]
-        self._window = _Window(**progress["window"])
+        self._window = Window(**progress["window"])
         self._best, self._waited, self._saved_at = progress["best"], progress["waited"], self.step
         if trainer["threads"] != xc.get_num_threads():
             warnings.warn(
@@ -372,68 +392,14 @@ class Trainer:
             shutil.rmtree(directory.path)
             shutil.rmtree(self.output_dir / "best", ignore_errors=True)
         self.output_dir.mkdir(parents=True, exist_ok=True)
+        if self.when_open is not None:
+            self.when_open()
         self._log = MetricLog(log, self.step if exists and resume else None)
         return exists and resume
 
     def _write(self, record):
         if self._log is not None:
             self._log.write({"step": self.step, **record})
-
-
-class _Taken:
-    """Batches as they are taken for one step: how many samples, and how long it took to get them."""
-
-    def __init__(self, source):
-        self.source, self.samples, self.seconds = source, 0, 0.0
-
-    def __call__(self, index):
-        before = time.perf_counter()
-        batch = self.source(index)
-        self.seconds += time.perf_counter() - before
-        self.samples += _batch_size(batch)
-        return batch
-
-
-class _Window:
-    """Means over the steps since the last log record."""
-
-    def __init__(self, steps=0, samples=0, seconds=0.0, data_seconds=0.0, sums=None):
-        self.steps, self.samples, self.seconds, self.data_seconds = steps, samples, seconds, data_seconds
-        self.sums = dict(sums or {})  # name -> [sum of the finite values, how many]
-
-    def add(self, record, samples, seconds, data_seconds):
-        self.steps += 1
-        self.samples += samples
-        self.seconds += seconds
-        self.data_seconds += data_seconds
-        for name, value in record.items():
-            if math.isfinite(value):
-                total, count = self.sums.get(name, (0.0, 0))
-                self.sums[name] = [total + value, count + 1]
-
-    def state(self):
-        return dict(vars(self))
-
-    def close(self):
-        """The means as a dict, and an empty window."""
-        record = {name: total / count for name, (total, count) in self.sums.items()}
-        record.update(
-            seconds=round(self.seconds, 3),
-            samples_per_second=round(self.samples / max(self.seconds, 1e-9), 1),
-            data_seconds=round(self.data_seconds, 3),
-            peak_mb=peak_megabytes(),
-        )
-        self.__init__()
-        return record
-
-
-def _batch_size(batch):
-    """How many samples: the length of the first array of a dict or tuple, or of the batch itself."""
-    if isinstance(batch, dict):
-        batch = next(iter(batch.values()))
-    elif isinstance(batch, tuple):
-        batch = batch[0]
-    return len(batch)
 
 
 def _as_json(value):

@@ -391,14 +391,18 @@ class ExponentialMovingAverage:
         """Within ``with average.applied():`` the parameters hold their averages."""
         kept = {name: p.data.copy() for name, p in self._parameters.items()}
         try:
-            for name, parameter in self._parameters.items():
-                parameter.data[...] = self.averages[name]
-                versions.changed(parameter.data, name)
+            self.adopt()
             yield self
         finally:
             for name, parameter in self._parameters.items():
                 parameter.data[...] = kept[name]
                 versions.changed(parameter.data, name)
+
+    def adopt(self):
+        """Copy the averages into the parameters, for good."""
+        for name, parameter in self._parameters.items():
+            parameter.data[...] = self.averages[name]
+            versions.changed(parameter.data, name)
 
     def state_dict(self):
         """{"average.name": array, "updates": count}."""

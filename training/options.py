@@ -7,6 +7,7 @@ from pathlib import Path
 
 import xuracore as xc
 from training import optim, schedules
+from training.config_file import ConfigParser, resolved, write_resolved
 from training.loop import Trainer, TrainerConfig
 from xuracore import io
 from xuracore.errors import ConfigError, XuraError
@@ -17,12 +18,13 @@ SCHEDULES = ("cosine", "wsd", "linear", "constant")
 
 
 def training_parser(description, epilog, **defaults):
-    """An ArgumentParser with the common options.
+    """A ConfigParser with the common options.
 
-    defaults : values that suit the phase: steps, batch_size, lr, warmup, weight_decay, output_dir.
+    defaults : values that suit the phase: steps, batch_size, lr, warmup, weight_decay, output_dir, and
+        ``monitor``, the evaluated number that --patience watches.
     """
-    parser = argparse.ArgumentParser(description=description, epilog=epilog,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ConfigParser(description=description, epilog=epilog,
+                          formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("what to train on")
     group.add_argument("--tiny", action="store_true",
                        help="the tiny preset on a small generated data set: a check that all works, in under a minute")
@@ -42,11 +44,18 @@ def training_parser(description, epilog, **defaults):
     group.add_argument("--warmup", type=int, metavar="STEPS",
                        help=f"default {defaults['warmup']}, at most a tenth of all")
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
-    group.add_argument("--weight-decay", type=float, default=defaults["weight_decay"],
+    group.add_argument("--weight-decay", "--wd", type=float, default=defaults["weight_decay"],
                        help=f"default {defaults['weight_decay']:g}; never on biases, norms, A, D, Δ or temperature")
     group.add_argument("--clip", type=float, default=1.0, help="largest gradient norm (default 1)")
     group.add_argument("--ema", type=float, metavar="DECAY",
                        help="keep averaged weights, for evaluation and the result")
+    group = parser.add_argument_group("when it is enough")
+    group.add_argument("--monitor", metavar="NAME", help="evaluated number whose best weights are kept in best/ and "
+                       f"become the result (with --patience: {defaults.get('monitor', 'must be given')})")
+    group.add_argument("--monitor-mode", choices=("max", "min"), default="max", help="which is best (default max)")
+    group.add_argument("--patience", type=int, default=0, metavar="N",
+                       help="stop after N evaluations without improvement (see --evaluate-every); 0: never")
+    group.add_argument("--min-delta", type=float, default=0.0, metavar="X", help="what counts as an improvement")
     group = parser.add_argument_group("running")
     group.add_argument("--output-dir", default=defaults["output_dir"], metavar="DIR",
                        help=f"default {defaults['output_dir']}")
@@ -56,9 +65,10 @@ def training_parser(description, epilog, **defaults):
     group.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     group.add_argument("--threads", type=positive, metavar="N", help="default: what this process may use")
     group.add_argument("--save-every", type=int, default=500, metavar="STEPS")
-    group.add_argument("--evaluate-every", type=int, default=0, metavar="STEPS", help="0: only at the end")
+    group.add_argument("--evaluate-every", "--eval-every", type=int, default=0, metavar="STEPS", help="0: only at the end")
     group.add_argument("--log-every", type=positive, default=20, metavar="STEPS")
     group.add_argument("--quiet", action="store_true", help="no progress")
+    group.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.set_defaults(_defaults=defaults)
     return parser
 
@@ -81,12 +91,26 @@ def say(args, text):
 
 
 def prepare(args):
-    """Settle what depends on --tiny, and the number of threads."""
+    """Settle what depends on --tiny, and the number of threads; ConfigError for options that contradict."""
     if args.threads:
         xc.set_num_threads(args.threads)
-    args.batch_size = args.batch_size or args._defaults["batch_size"]
+    defaults = args._defaults
+    args.batch_size = args.batch_size or defaults["batch_size"]
     if args.resume not in (None, "latest"):
         raise ConfigError(f"--resume {args.resume!r}: runs live in --output-dir, and only 'latest' can be resumed")
+    if args.patience:
+        args.monitor = args.monitor or defaults.get("monitor")
+        if not args.monitor or not args.evaluate_every:
+            raise ConfigError("--patience counts evaluations of a number: it needs --evaluate-every STEPS"
+                              + ("" if args.monitor else " and --monitor NAME"))
+
+
+def dry_run(args, **facts):
+    """With --dry-run: print the options as they were understood and what the script knows; returns whether."""
+    if args.dry_run:
+        steps = {"steps": args.steps or args._defaults["steps"]} if not args.epochs else {"epochs": args.epochs}
+        print(json.dumps({"would_train": {**facts, **steps}, "options": resolved(args)}, indent=2))
+    return args.dry_run
 
 
 def counter(args, what):
@@ -123,10 +147,13 @@ def train(module, loss_function, batches, args, *, lr_scales=None, evaluate=None
     config = TrainerConfig(
         steps=steps, accumulate=args.accumulate, clip=args.clip, ema_decay=args.ema, seed=args.seed,
         log_every=args.log_every, save_every=args.save_every, evaluate_every=args.evaluate_every or steps,
+        monitor=args.monitor if evaluate else None, monitor_mode=args.monitor_mode,
+        patience=args.patience if evaluate else 0, min_delta=args.min_delta,
     )
     trainer = Trainer(module, loss_function, optimizer, schedule, batches, config, output_dir or args.output_dir,
                       evaluate=evaluate, after_step=after_step, describe=describe,
                       stream=None if args.quiet else sys.stderr)
+    trainer.when_open = lambda: write_resolved(args, args.output_dir)
     return trainer.run(resume=bool(args.resume), overwrite=args.overwrite), trainer
 
 

@@ -3,7 +3,9 @@
 import math
 from html import escape
 
+from training.progress import TIMINGS, read_metrics
 from xuracore.errors import ConfigError
+from xuracore.io.atomic import write_atomically
 
 COLOURS = ("#0b62a4", "#d1495b", "#2e8b57", "#e08e0b", "#7b4ea3", "#4a4a4a", "#0097a7", "#a0522d")
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
@@ -39,6 +41,45 @@ def line_chart(series, *, title="", x_label="", y_label="", y_range=None, log_x=
         parts.append(_polyline([(x, y), (x + 22, y)], style))
         parts.append(_text(x + 28, y + 4, name))
     return "\n".join([*parts, "</svg>", ""])
+
+
+def draw_training(log, target):
+    """Draw a run's ``metrics.jsonl`` as an SVG file: the loss, the shares (from 0 to 1), the rate.
+
+    Writes nothing where the log holds no number yet.
+    """
+    chart = training_chart(read_metrics(log))
+    if chart:
+        write_atomically(target, [chart.encode()])
+
+
+def training_chart(records):
+    """The SVG text of :func:`draw_training` for records of a metrics file, "" where there is nothing to draw."""
+    lines = {}
+    for record in records:
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and name not in ("step", "skipped", *TIMINGS):
+                label = f"validation {name}" if record.get("split") == "validation" else name
+                xs, ys = lines.setdefault(label, ([], []))
+                xs.append(record["step"])
+                ys.append(value)
+    losses = {name: line for name, line in lines.items() if name.split()[-1] == "loss"}
+    rates = {name: lines[name] for name in ("lr",) if name in lines}
+    shares = {name: line for name, line in lines.items() if name not in {*losses, *rates, "grad_norm"}
+              and all(0 <= value <= 1 for value in line[1])}
+    first = sorted(shares, key=lambda name: name.split()[-1] != "all")  # the sum before its parts
+    shares = {name: shares[name] for name in shares if name in first[: len(COLOURS)]}
+    panels = [("loss", losses, None), ("share", shares, (0, 1)), ("learning rate", rates, None)]
+    width, height, parts = 760, 300, []
+    for label, series, span in panels:
+        if series:
+            chart = line_chart(series, x_label="step", y_label=label, y_range=span, size=(width, height))
+            parts.append(chart.replace("<svg ", f'<svg y="{len(parts) * height}" ', 1))
+    if not parts:
+        return ""
+    total = len(parts) * height
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total}" width="{width}" height="{total}">'
+    return "\n".join([head, *parts, "</svg>", ""])
 
 
 def _points(name, xs, ys):

@@ -1,5 +1,7 @@
 """What a person sees of a running training, and what a program can read of it."""
 
+import csv
+import io
 import json
 import math
 import sys
@@ -12,6 +14,8 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+TIMINGS = ("seconds", "samples_per_second", "data_seconds", "peak_mb")  # log entries that no seed fixes
 
 
 def duration(seconds):
@@ -80,23 +84,41 @@ class ProgressLine:
 
 
 class MetricLog:
-    """A JSONL file, one record a line, flushed as it is written.
+    """A JSONL file, one record a line, flushed as it is written; beside it the same as a table, in CSV.
 
     last_step : on resume, records of later steps are dropped, so that the file is the one an
         uninterrupted run would have written.  None starts an empty file.
+
+    The table has a column for every name that any record has, so it is written anew when a name is new.
     """
 
     def __init__(self, path, last_step=None):
-        self.path = path
+        self.path, self.table = path, path.with_suffix(".csv")
         kept = [] if last_step is None or not path.exists() else _records_until(path, last_step)
         write_atomically(path, [b"".join(kept)])
-        self._file = open(path, "a", encoding="utf-8")
+        self._file, self._columns = open(path, "a", encoding="utf-8"), None
+        self._write_table()
 
     def write(self, record):
         """Append ``record`` (a dict of JSON data; a number that is not finite becomes null)."""
         finite = {key: None if _not_finite(value) else value for key, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
+        if finite.keys() <= self._columns.keys():
+            with open(self.table, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self._columns, lineterminator="\n").writerow(finite)
+        else:
+            self._write_table()
+
+    def _write_table(self):
+        records = read_metrics(self.path)
+        self._columns = dict.fromkeys(name for record in records for name in record)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        if records:
+            writer.writeheader()
+            writer.writerows(records)
+        write_atomically(self.table, [text.getvalue().encode()])
 
     def close(self):
         self._file.close()
@@ -125,3 +147,59 @@ def read_metrics(path):
     """The records of a metrics file, as a list of dicts."""
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
+
+
+class Taken:
+    """Batches as they are taken for one step: how many samples, and how long it took to get them."""
+
+    def __init__(self, source):
+        self.source, self.samples, self.seconds = source, 0, 0.0
+
+    def __call__(self, index):
+        before = time.perf_counter()
+        batch = self.source(index)
+        self.seconds += time.perf_counter() - before
+        self.samples += samples_of(batch)
+        return batch
+
+
+class Window:
+    """Means over the steps since the last log record."""
+
+    def __init__(self, steps=0, samples=0, seconds=0.0, data_seconds=0.0, sums=None):
+        self.steps, self.samples, self.seconds, self.data_seconds = steps, samples, seconds, data_seconds
+        self.sums = dict(sums or {})  # name -> [sum of the finite values, how many]
+
+    def add(self, record, samples, seconds, data_seconds):
+        self.steps += 1
+        self.samples += samples
+        self.seconds += seconds
+        self.data_seconds += data_seconds
+        for name, value in record.items():
+            if math.isfinite(value):
+                total, count = self.sums.get(name, (0.0, 0))
+                self.sums[name] = [total + value, count + 1]
+
+    def state(self):
+        return dict(vars(self))
+
+    def close(self):
+        """The means as a dict, and an empty window."""
+        record = {name: total / count for name, (total, count) in self.sums.items()}
+        record.update(
+            seconds=round(self.seconds, 3),
+            samples_per_second=round(self.samples / max(self.seconds, 1e-9), 1),
+            data_seconds=round(self.data_seconds, 3),
+            peak_mb=peak_megabytes(),
+        )
+        self.__init__()
+        return record
+
+
+def samples_of(batch):
+    """How many samples: the length of the first array of a dict or tuple, or of the batch itself."""
+    if isinstance(batch, dict):
+        batch = next(iter(batch.values()))
+    elif isinstance(batch, tuple):
+        batch = batch[0]
+    return len(batch)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from training import checkpoint, optim, schedules
-from training.loop import TIMINGS, Trainer, TrainerConfig, TrainingDiverged
-from training.progress import MetricLog, ProgressLine, duration, read_metrics
+from training.loop import Trainer, TrainerConfig, TrainingDiverged
+from training.progress import TIMINGS, MetricLog, ProgressLine, duration, read_metrics
 from xuracore import nn, ops
 from xuracore.errors import ConfigError, FormatError
 
@@ -200,6 +200,48 @@ def test_evaluation_sees_averaged_weights_and_stops_when_patience_ends(tmp_path)
     np.testing.assert_array_equal(best.model["first.weight"], seen[1])
 
 
+def scores(*values):
+    """An evaluation that gives one number after the other, by the step it is asked at."""
+    return lambda model, step: {"score": values[step // 2 - 1]}
+
+
+MONITORED = {"evaluate_every": 2, "monitor": "score", "steps": 10}
+
+
+def test_the_result_is_the_best_weights(tmp_path):
+    run = trainer(tmp_path, evaluate=scores(0.1, 0.5, 0.4, 0.3, 0.2), **MONITORED)
+    assert run.run().complete
+    last, best = run.model.first.weight.data.copy(), checkpoint_of(tmp_path / "best")
+    run.adopt()
+    np.testing.assert_array_equal(run.model.first.weight.data, best.model["first.weight"])
+    assert not np.array_equal(run.model.first.weight.data, last)
+    assert best.trainer == {"step": 4, "monitor": "score", "value": 0.5}
+
+
+def test_without_a_monitored_number_the_result_is_the_average():
+    run = trainer(None)
+    run.run()
+    run.adopt()
+    np.testing.assert_array_equal(run.model.first.weight.data, run.average.averages["first.weight"])
+
+
+def test_the_best_so_far_survives_an_interruption(tmp_path):
+    trainer(tmp_path, evaluate=scores(0.1, 0.5), **MONITORED).run(stop_at=5)
+    run = trainer(tmp_path, evaluate=scores(0.1, 0.5, 0.4, 0.3, 0.45), **MONITORED, patience=2)
+    result = run.run(resume=True)
+    assert (result.best, result.step, result.reason) == (0.5, 8, "patience")
+    assert checkpoint_of(tmp_path / "best").step == 4
+    assert trainer(tmp_path, evaluate=scores(), **MONITORED, patience=2).run(resume=True).reason == "patience"
+
+
+def test_a_gain_below_min_delta_is_none_and_less_may_be_better(tmp_path):
+    values = (0.9, 0.85, 0.82, 0.6, 0.59)
+    run = trainer(None, evaluate=scores(*values), **MONITORED, monitor_mode="min", min_delta=0.1, patience=2)
+    assert (run.run().step, run._best) == (6, 0.9)
+    run = trainer(None, evaluate=scores(*values), **MONITORED, monitor_mode="min", min_delta=0.1, patience=3)
+    assert (run.run().step, run._best) == (10, 0.6)
+
+
 def checkpoint_of(path):
     from xuracore.io import CheckpointDirectory
 
@@ -262,6 +304,18 @@ def test_the_log_of_a_resumed_run_drops_what_was_after_and_what_was_cut_off(tmp_
     assert read_metrics(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": None}]
 
 
+def test_the_table_says_what_the_log_says(tmp_path):
+    records = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.25}, {"step": 2, "accuracy": 0.75, "loss": None}]
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    for record in records:
+        log.write(record)
+    log.close()
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert lines == ["step,loss,accuracy", "1,0.5,", "2,0.25,", "2,,0.75"]
+    MetricLog(tmp_path / "metrics.jsonl", last_step=1).close()
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", "1,0.5"]
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
@@ -279,7 +333,15 @@ def test_progress_rewrites_a_line_on_a_terminal_and_prints_lines_elsewhere():
     assert [duration(s) for s in (4, 200, 3900)] == ["4s", "3m20s", "1h05m"]
 
 
-@pytest.mark.parametrize("bad", [{"steps": 0}, {"accumulate": 0}, {"clip": 0.0}, {"patience": 2}])
+def test_a_run_ends_with_a_drawing_and_says_what_it_cost(tmp_path):
+    run = trainer(tmp_path, evaluate=scores(0.1, 0.5, 0.4, 0.3, 0.2), **MONITORED)
+    run.run()
+    assert "validation score" in (tmp_path / "training.svg").read_text()
+    costs = next(r for r in read_metrics(tmp_path / "metrics.jsonl") if r["split"] == "train")
+    assert costs["samples_per_second"] > 0 and costs["data_seconds"] >= 0 and costs["peak_mb"] > 1
+
+
+@pytest.mark.parametrize("bad", [{"steps": 0}, {"accumulate": 0}, {"clip": 0.0}, {"patience": 2}, {"min_delta": -1.0}])
 def test_a_configuration_that_makes_no_sense_is_refused(bad):
     with pytest.raises(ConfigError):
         TrainerConfig(**{"steps": 1, **bad})

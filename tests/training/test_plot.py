@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from training.plot import line_chart
+from training.plot import draw_training, line_chart, training_chart
 from xuracore.errors import ConfigError
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -55,3 +55,22 @@ def test_what_cannot_be_drawn_is_refused():
         line_chart({"line": ([1], [float("inf")])})
     with pytest.raises(ConfigError, match="as many"):
         line_chart({"line": ([1, 2], [1])})
+
+
+RECORDS = [{"step": 10, "split": "train", "loss": 2.0, "accuracy": 0.25, "scale": 14.0, "lr": 1e-3, "seconds": 3.0},
+           {"step": 20, "split": "train", "loss": 1.0, "accuracy": 0.5, "scale": 15.0, "lr": 5e-4, "seconds": 3.0},
+           {"step": 20, "split": "validation", "all": 0.75, **{f"type {i}": 0.5 for i in range(20)}}]
+
+
+def test_a_training_is_drawn_in_panels_and_the_sum_is_not_crowded_out_by_its_parts(tmp_path):
+    chart = training_chart(RECORDS)
+    words = {text.text for text in ElementTree.fromstring(chart).iter(f"{SVG}text")}
+    assert {"loss", "accuracy", "validation all", "lr", "step"} <= words
+    assert not {"scale", "seconds", "validation type 19"} & words
+    assert len(ElementTree.fromstring(chart).findall(f"{SVG}svg")) == 3
+
+
+def test_a_log_without_numbers_is_not_drawn(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": null}\n')
+    draw_training(tmp_path / "metrics.jsonl", tmp_path / "training.svg")
+    assert not (tmp_path / "training.svg").exists()

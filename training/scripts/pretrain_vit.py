@@ -39,25 +39,26 @@ def main(argv=None):
                                      weight_decay=0.02, output_dir="runs/vit")
     args = parser.parse_args(argv)
     options.prepare(args)
+    args.steps = args.steps or (30 if args.tiny else None)
     if args.data_dir:
         parser.error("phase 0 needs the dense labels of generated scenes; for your own pictures use real weights "
                      "(train_jepa.py --vit DIR)")
     config = VLJEPAConfig.preset(args.preset).vision
     model = pretrain.SceneReader(config, rng=np.random.default_rng(args.seed))
     grid = config.image_size // config.patch_size
+    if options.dry_run(args, phase=0, parameters=model.vit.parameter_count()):
+        return 0
     options.say(args, f"phase 0: ViT of {model.vit.parameter_count():,} parameters on generated scenes")
     batches = pretrain.SceneBatches(args.batch_size, args.data_seed, patch_grid=grid)
     unseen = pretrain.SceneBatches(64, args.data_seed, split="val", patch_grid=grid)
-    steps = args.steps or (30 if args.tiny else None)
     result, trainer = options.train(
-        model, pretrain.loss_function, batches, args, steps=steps,
+        model, pretrain.loss_function, batches, args,
         evaluate=lambda model, step: evaluate(model, unseen),
         describe={"phase": 0, "vision": config.to_dict(), "batch_size": args.batch_size, "data_seed": args.data_seed},
     )
-    if result.reason == "finished":
-        with trainer.averaged():
-            metrics = evaluate(model, unseen, 16)
-            options.keep_result(args, model.vit, metrics)
+    if result.complete:
+        trainer.adopt()
+        options.keep_result(args, model.vit, evaluate(model, unseen, 16))
     return result.exit_code
 
 

@@ -80,6 +80,8 @@ def main(argv=None):
     config = AgentConfig.for_model(model.config, tuple(cards), args.injection_mode).replace(cards=cards)
     heads = AgentHeads(config, model.config.predictor, rng=np.random.default_rng(args.seed + 3))
     output = Path(args.output_dir)
+    if options.dry_run(args, phase=3, model=str(source), monitor_steps=args.monitor_steps):
+        return 0
     description = {"phase": 3, "heads": config.to_dict(), "batch_size": args.batch_size, "data_seed": args.data_seed}
 
     # ------------------------------------------------------------------ stage 1
@@ -104,8 +106,9 @@ def main(argv=None):
 
     result, trainer = options.train(heads, objective, batches, args, evaluate=evaluate,
                                     output_dir=output / "injection", describe={**description, "stage": 1})
-    if result.reason != "finished":
+    if not result.complete:
         return result.exit_code
+    trainer.adopt()
     report = {"injection": evaluate(heads, result.step)}
     if args.stage == "injection" or args.injection_mode == "residual":
         save_heads(heads, output)  # for evaluate.py --heads
@@ -131,8 +134,9 @@ def main(argv=None):
     readings = phase.ReadingBatches(inputs[fitting], wrong[fitting], 256, args.seed)
     result, trainer = options.train(heads, phase.monitor_objective, readings, args, steps=args.monitor_steps,
                                     output_dir=output / "monitor", describe={**description, "stage": 2})
-    if result.reason != "finished":
+    if not result.complete:
         return result.exit_code
+    trainer.adopt()
     with no_grad():
         logits = heads.monitor(inputs[~fitting]).data
     heads.monitor.calibrate(logits, wrong[~fitting])

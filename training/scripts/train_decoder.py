@@ -24,7 +24,7 @@ examples:
 
 def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=1000, batch_size=64, lr=2e-3, warmup=100,
-                                     weight_decay=0.01, output_dir="runs/decoder")
+                                     weight_decay=0.01, output_dir="runs/decoder", monitor="exact_match")
     parser.add_argument("--model", "--phase1-checkpoint", default=None, metavar="DIR",
                         help="folder of the model that phase 1 wrote (default runs/jepa/model; with --tiny the "
                         "shipped model)")
@@ -36,6 +36,8 @@ def main(argv=None):
     model = VLJEPA.from_pretrained(source)
     args.scenes = args.scenes or (40 if args.tiny else 600)
     train_rows, held_rows, _ = data_sets(args)
+    if options.dry_run(args, phase=2, model=str(source), questions=len(train_rows), held_out=len(held_rows)):
+        return 0
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
     options.say(args, f"predicting the answers of {len(train_rows):,} questions")
     predicted = decoder.predict(model, train_rows, features, tool=True)
@@ -59,10 +61,9 @@ def main(argv=None):
         describe={"phase": 2, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
                   "data_seed": args.data_seed},
     )
-    if result.reason == "finished":
-        with trainer.averaged():
-            metrics = evaluate(model, result.step)
-            options.keep_result(args, model, metrics)
+    if result.complete:
+        trainer.adopt()
+        options.keep_result(args, model, evaluate(model, result.step))
     return result.exit_code
 
 

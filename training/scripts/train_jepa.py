@@ -127,7 +127,7 @@ def accuracy_by_type(model, rows, features, batch_size=256):
 
 def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=5000, batch_size=32, lr=2e-3, warmup=200,
-                                     weight_decay=0.02, output_dir="runs/jepa")
+                                     weight_decay=0.02, output_dir="runs/jepa", monitor="all")
     parser.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the frozen X-Encoder's weights")
     parser.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here (float16, found by "
                         "the pictures' bytes), so that no run encodes a picture again")
@@ -159,6 +159,8 @@ def main(argv=None):
     model.log_scale.data[...] = -np.log(start)
     model.requires_grad_(False)
 
+    if options.dry_run(args, phase=1, questions=len(train_rows), held_out=len(held_rows), answers=len(answers)):
+        return 0
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"),
                             cache=args.feature_cache)
     model.predictor.fit_vision(features.tokens[:2000])
@@ -180,10 +182,9 @@ def main(argv=None):
         describe={"phase": 1, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
                   "data_seed": args.data_seed, "objective": settings.to_dict()},
     )
-    if result.reason == "finished":
-        with trainer.averaged():
-            metrics = accuracy_by_type(model, held, features)
-            options.keep_result(args, model, metrics)
+    if result.complete:
+        trainer.adopt()
+        options.keep_result(args, model, accuracy_by_type(model, held, features))
     return result.exit_code
 
 
