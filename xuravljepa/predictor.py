@@ -9,6 +9,9 @@ Per layer: norm → gate (ANGN) → Mamba-3 mixer → residual.  Then the final 
 tokens, ``pred_head``, and L2 normalisation.  What was seen lives in the states, one per layer, so that
 ``look`` ([query][visual]) and ``read`` ([query][READ]) can be called apart, with a tool's result written
 into the states in between.
+
+With ``bidirectional`` layers every token sees both sides.  They read a sequence whole, so the states are then
+the segments themselves, as they were seen, and every reading runs through all of them again.
 """
 
 import math
@@ -25,6 +28,8 @@ from xuravljepa import angn
 from xuravljepa.layer import Layer
 from xuravljepa.tokenizer import PAD, VOCABULARY_SIZE, WORD_BYTES
 from xuravljepa.vit import sine_positions
+
+POOLS = ("read", "mean")
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class PredictorConfig(Config):
     n_salient: int = 0  # patches that are read, the least usual; 0: all.  Background drowns what stands out
     n_read: int = 4
     gates: bool = True
+    bidirectional: bool = False  # a second mixer in each layer reads backwards; no states to write into
+    pool: str = "read"  # over the READ tokens; "mean": over the question's words, read last, as well
     max_query: int = 512  # words and marks of a question; longer ones are refused
     norm_eps: float = 1e-5
 
@@ -51,6 +58,7 @@ class PredictorConfig(Config):
         require_positive(self, "d_model", "n_layers", "d_state", "expand", "headdim", "vision_dim",
                          "query_dim", "embed_dim", "n_visual", "n_read", "max_query")
         require(self.n_salient >= 0, f"n_salient is {self.n_salient}; expected 0, for all, or more")
+        require(self.pool in POOLS, f"pool is {self.pool!r}; expected one of {', '.join(POOLS)}")
         require(self.vocab_size >= VOCABULARY_SIZE,
                 f"vocab_size is {self.vocab_size}; bytes and special tokens need {VOCABULARY_SIZE}")
         require(self.d_model * self.expand % self.headdim == 0,
@@ -74,6 +82,14 @@ class WordEmbedding(nn.Module):
         return (ops.embedding(self.byte, ids) * real * self.place).sum(axis=2)
 
 
+class Segment(NamedTuple):
+    """Tokens of one kind: h (B, L, d) before the first layer, mask (B, L) True for real ones, modality (L,)."""
+
+    h: object
+    mask: np.ndarray
+    modality: np.ndarray
+
+
 class Reading(NamedTuple):
     """What one reading gives: embedding (B, E) of unit length, pooled READ features (B, d), states."""
 
@@ -89,7 +105,7 @@ def _positions(n_visual, dim):
 
 
 class Predictor(nn.Module):
-    """See the module's text.  All masks are (B, L) booleans, True for real tokens."""
+    """See the module's text."""
 
     def __init__(self, config, *, rng):
         self.config = config
@@ -102,16 +118,17 @@ class Predictor(nn.Module):
         self.register_buffer("vision_whiten", np.eye(config.vision_dim, dtype=np.float32))
         self.read_proj = nn.Linear(d, d, bias=False, rng=rng)
         self.read_tokens = nn.Parameter(init.normal((config.n_read, d), rng, 1.0))
-        layers = (Layer(config, rng=rng, gates=config.gates) for _ in range(config.n_layers))
+        layers = (Layer(config, rng=rng, gates=config.gates, bidirectional=config.bidirectional)
+                  for _ in range(config.n_layers))
         self.layers = nn.ModuleList(layers)
         self.final_norm = nn.RMSNorm(d, config.norm_eps)
         self.pred_head = nn.Linear(d, config.embed_dim, rng=rng)
 
-    # ------------------------------------------------------------------ segments: (tokens, mask, modality)
+    # ------------------------------------------------------------------ segments
     def _query(self, ids, modality=angn.QUERY):
-        """ids (B, W, P) padded with PAD → tokens (B, W, d), mask, modality of each position."""
+        """ids (B, W, P) padded with PAD → Segment."""
         tokens = self.query_proj(self.token_embedding(ids))
-        return tokens, ids[:, :, 0] != PAD, np.full(ids.shape[1], modality)
+        return Segment(tokens, ids[:, :, 0] != PAD, np.full(ids.shape[1], modality))
 
     def fit_vision(self, visual, floor=0.3):
         """Choose the fixed map that whitens visual tokens (n, 1 + patches, vision_dim) of training pictures.
@@ -128,7 +145,7 @@ class Predictor(nn.Module):
         self.vision_whiten[:] = (axes * scale) @ axes.T
 
     def _visual(self, visual):
-        """(B, 1 + patches, vision_dim) array → tokens: [CLS] and, in order, the patches that are read."""
+        """(B, 1 + patches, vision_dim) array → Segment: [CLS] and, in order, the patches that are read."""
         white = (visual - self.vision_mean) @ self.vision_whiten
         places = np.broadcast_to(np.arange(white.shape[1]), white.shape[:2])
         kept = self.config.n_salient
@@ -140,29 +157,30 @@ class Predictor(nn.Module):
         tokens = self.vision_proj(white)
         if visual.shape[1] == self.config.n_visual:  # others carry only the encoder's positions
             tokens = tokens + ops.embedding(self.vision_position, places)
-        return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.VISUAL)
+        return Segment(tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.VISUAL))
 
     def _read(self, question):
-        """READ tokens that know from the start what is asked: each is learned, plus the question's words."""
+        """Segment of READ tokens that know from the start what is asked: each is learned, plus the words."""
         words, mask, _ = question
         count = np.maximum(mask.sum(axis=1, keepdims=True), 1)
         weight = mask / np.sqrt(count)  # a sum of n words grows as √n
         bag = self.read_proj((words * weight[:, :, None]).sum(axis=1))
         tokens = self.read_tokens + bag.reshape(bag.shape[0], 1, bag.shape[1])
-        return tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.READ)
+        return Segment(tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.READ))
 
     def run(self, segments, states=None, bias=None, bias_layer=None):
-        """Run segments through the layers.
+        """Run a list of Segments through the layers.
 
-        segments : list of (tokens (B, L, d), mask (B, L), modality (L,)).
-        bias : (B, d), added to the stream after layer ``bias_layer`` (the residual mode of injection).
+        states : of what came before.   bias : (B, d), added to the stream after layer ``bias_layer`` (the
+        residual mode of injection).
         Returns hidden (B, L, d) before the final norm, and one state per layer.
         """
-        tokens = [s[0] for s in segments]
-        h = ops.concatenate(*tokens, axis=1) if len(tokens) > 1 else tokens[0]
-        mask = np.concatenate([s[1] for s in segments], axis=1)
+        if self.config.bidirectional:
+            segments, states = [*(states or []), *segments], None
+        h = ops.concatenate(*(s.h for s in segments), axis=1) if len(segments) > 1 else segments[0].h
+        mask = np.concatenate([s.mask for s in segments], axis=1)
         mask = None if mask.all() else mask
-        modality = np.concatenate([s[2] for s in segments])
+        modality = np.concatenate([s.modality for s in segments])
         states = [None] * len(self.layers) if states is None else states
         if len(states) != len(self.layers):
             raise ShapeError(f"there are {len(states)} states for {len(self.layers)} layers")
@@ -176,9 +194,24 @@ class Predictor(nn.Module):
             after.append(state)
         return h, after
 
-    def _pool(self, h, states):
+    def _answer(self, question, seen, states=None, **bias):
+        """[seen][query][READ] after ``states`` → Reading."""
+        read = self._read(question)
+        h, after = self.run([*seen, question, read], states, **bias)
+        if self.config.bidirectional:
+            after = [*(states or []), *seen]
         pooled = self.final_norm(h[:, -self.config.n_read :]).mean(axis=1)
-        return Reading(ops.l2_normalize(self.pred_head(pooled)), pooled, states)
+        if self.config.pool == "mean":
+            mask = np.concatenate([question.mask, read.mask], axis=1)
+            weight = (mask / mask.sum(axis=1, keepdims=True)).astype(h.dtype)[:, :, None]
+            pooled = (self.final_norm(h[:, -mask.shape[1] :]) * weight).sum(axis=1)
+        return Reading(ops.l2_normalize(self.pred_head(pooled)), pooled, after)
+
+    def _take_in(self, segments, states):
+        """The states after ``segments``."""
+        if self.config.bidirectional:
+            return [*(states or []), *segments]
+        return self.run(segments, states)[1]
 
     # ------------------------------------------------------------------ entry points
     def forward(self, query, visual=None, tool=None):
@@ -187,28 +220,26 @@ class Predictor(nn.Module):
         query (B, W, P) the bytes of its words, padded with PAD; visual (B, n, vision_dim) or None (text
         only); tool (B, W', P) the words of a tool's result, or None.  Returns a :class:`Reading`.
         """
-        segments = [self._query(query)]
+        question = self._query(query)
+        seen = [question]
         if visual is not None:
-            segments.append(self._visual(visual))
+            seen.append(self._visual(visual))
         if tool is not None:
-            segments.append(self._query(tool, angn.TOOL))
-        segments += [segments[0], self._read(segments[0])]
-        return self._pool(*self.run(segments))
+            seen.append(self._query(tool, angn.TOOL))
+        return self._answer(question, seen)
 
     def look(self, query, visual, states=None):
         """[query][visual] → the states after it, one per layer."""
         segments = [self._query(query)] + ([self._visual(visual)] if visual is not None else [])
-        return self.run(segments, states)[1]
+        return self._take_in(segments, states)
 
     def hear(self, tool, states):
         """The words (B, W, P) of a tool's result read after ``states`` → the states after it."""
-        return self.run([self._query(tool, angn.TOOL)], states)[1]
+        return self._take_in([self._query(tool, angn.TOOL)], states)
 
     def read(self, query, states, bias=None, bias_layer=None):
         """[query][READ] from given states → :class:`Reading`; ``look`` then ``read`` equals ``forward``."""
-        question = self._query(query)
-        h, states = self.run([question, self._read(question)], states, bias, bias_layer)
-        return self._pool(h, states)
+        return self._answer(self._query(query), [], states, bias=bias, bias_layer=bias_layer)
 
     def gate_activation(self):
         """(layers, B) mean gate of the last call, or None without gates."""

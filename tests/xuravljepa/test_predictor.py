@@ -48,15 +48,21 @@ def same(one, other, tolerance=2e-5):
             np.testing.assert_allclose(part.data, twin.data, atol=5 * tolerance)
 
 
+KINDS = [{}, {"bidirectional": True}, {"pool": "mean"}, {"bidirectional": True, "pool": "mean"}]
+every_kind = pytest.mark.parametrize("kind", KINDS, ids=str)
+
+
 # ---------------------------------------------------------------------- splits
+@every_kind
 @pytest.mark.parametrize("seen", [True, False])
-def test_look_then_read_is_forward(seen):
-    model, query, visual = predictor(), words(QUESTIONS), pictures() if seen else None
+def test_look_then_read_is_forward(seen, kind):
+    model, query, visual = predictor(**kind), words(QUESTIONS), pictures() if seen else None
     same(model.read(query, model.look(query, visual)), model(query, visual))
 
 
-def test_look_then_hear_then_read_is_forward_with_a_tool():
-    model, query, visual = predictor(), words(QUESTIONS), pictures()
+@every_kind
+def test_look_then_hear_then_read_is_forward_with_a_tool(kind):
+    model, query, visual = predictor(**kind), words(QUESTIONS), pictures()
     tool = words(["17", "the price is 3", "no"])
     told = model.read(query, model.hear(tool, model.look(query, visual)))
     same(told, model(query, visual, tool))
@@ -72,18 +78,22 @@ def test_reading_goes_on_from_any_states():
 
 
 # ---------------------------------------------------------------------- what does not matter
+@every_kind
 @pytest.mark.parametrize("extra", [1, 7])
-def test_padding_never_changes_anything(extra):
-    model, visual = predictor(), pictures()
+def test_padding_never_changes_anything(extra, kind):
+    model, visual = predictor(**kind), pictures()
     plain = model(words(QUESTIONS), visual, words(["17", "3", "no"]))
     gates = model.gate_activation()
     padded = model(words(QUESTIONS, extra), visual, words(["17", "3", "no"], extra))
+    if kind.get("bidirectional"):  # whose states are the tokens, padding and all
+        plain, padded = plain._replace(states=[]), padded._replace(states=[])
     same(plain, padded)
     np.testing.assert_allclose(gates, model.gate_activation(), atol=1e-5)
 
 
-def test_a_question_alone_and_among_longer_ones():
-    model, visual = predictor(), pictures()
+@every_kind
+def test_a_question_alone_and_among_longer_ones(kind):
+    model, visual = predictor(**kind), pictures()
     together = model(words(QUESTIONS), visual)
     for i, question in enumerate(QUESTIONS):
         alone = model(words([question]), visual[i : i + 1])
@@ -110,8 +120,9 @@ def test_the_order_of_the_batch_does_not_matter():
 
 
 # ---------------------------------------------------------------------- what does matter
-def test_what_is_read_depends_on_question_and_picture():
-    model, query, visual = predictor(), words(QUESTIONS[:1]), pictures(1)
+@every_kind
+def test_what_is_read_depends_on_question_and_picture(kind):
+    model, query, visual = predictor(**kind), words(QUESTIONS[:1]), pictures(1)
     base = model(query, visual).embedding.data
     for other in (
         model(words(["is there a red circle?"]), visual),
@@ -123,12 +134,44 @@ def test_what_is_read_depends_on_question_and_picture():
         assert abs(other.embedding.data - base).max() > 1e-4
 
 
-def test_the_second_question_decides_what_is_read():
+@every_kind
+def test_the_second_question_decides_what_is_read(kind):
     """Seen with one question in mind, asked another."""
-    model, visual = predictor(), pictures(1)
+    model, visual = predictor(**kind), pictures(1)
     states = model.look(words(QUESTIONS[:1]), visual)
     answers = [model.read(words([question]), states).embedding.data for question in QUESTIONS]
     assert abs(answers[0] - answers[1]).max() > 1e-4 and abs(answers[1] - answers[2]).max() > 1e-4
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_comes_later_is_seen_in_both_directions_or_in_one(bidirectional):
+    model, visual = predictor(bidirectional=bidirectional), pictures(1)
+
+    def seen(question):
+        first, last = model._query(words(QUESTIONS[:1])), model._query(words([question]))
+        h, _ = model.run([first, model._visual(visual), last])
+        return h.data[:, first.h.shape[1] : first.h.shape[1] + visual.shape[1]]
+
+    difference = abs(seen("how many?") - seen("which colour?")).max()
+    assert (difference > 1e-4) == bidirectional
+
+
+def test_the_mean_is_over_the_question_and_what_reads():
+    model, query, visual = predictor(pool="mean"), words(QUESTIONS, extra=3), pictures()
+    h, _ = model.run([question := model._query(query), model._visual(visual), question, read := model._read(question)])
+    normal = model.final_norm(h).data
+    for row, mask in enumerate(question.mask):
+        tokens = normal[row, -len(mask) - read.h.shape[1] :][np.concatenate([mask, read.mask[row]])]
+        np.testing.assert_allclose(model(query, visual).pooled.data[row], tokens.mean(axis=0), atol=1e-5)
+
+
+def test_gradients_reach_both_mixers_through_several_readings():
+    model, query = predictor(bidirectional=True), words(QUESTIONS[:1])
+    states = model(query, pictures(1)).states
+    model.read(words(QUESTIONS[1:2]), states).embedding.sum().backward()
+    for mixer in (model.layers[0].mixer.forward_mixer, model.layers[0].mixer.backward_mixer):
+        assert mixer.in_proj.weight.grad.any()
+    assert model.vision_proj.weight.grad.any()
 
 
 def test_embeddings_have_unit_length():
@@ -245,6 +288,7 @@ def test_nonsense_is_refused():
         ({"n_read": 0}, "n_read is 0"),
         ({"n_salient": -1}, "n_salient is -1"),
         ({"headdim": 5}, "not a multiple of headdim 5"),
+        ({"pool": "last"}, "pool is 'last'; expected one of read, mean"),
         ({"n_layers": 0}, "n_layers is 0"),
         ({"headdim": 0}, "headdim is 0"),
         ({"d_model": -4}, "d_model is -4"),

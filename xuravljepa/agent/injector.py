@@ -99,6 +99,8 @@ class StateInjector(nn.Module):
         p = predictor_config
         require(config.residual_layer < p.n_layers,
                 f"residual_layer is {config.residual_layer}; the predictor has {p.n_layers} layers")
+        require(config.mode != "state" or not p.bidirectional,
+                "a bidirectional predictor has no states to write into; use mode 'token' or 'residual'")
         if config.mode == "residual":
             self.projection = nn.Linear(config.knowledge_dim, p.d_model, rng=rng)
             self.projection.weight.data[:] = 0
@@ -148,6 +150,7 @@ def _squares(h):
 def state_change(before, after):
     """(B,) ‖ΔS‖ / ‖S‖ over all layers: how much an injection changed."""
     changed = sum(_squares(a.h.data - b.h.data) for b, a in zip(before, after))
+    changed = changed + sum(_squares(a.h.data) for a in after[len(before):])  # of a bidirectional predictor
     size = sum(_squares(b.h.data) for b in before)
     return np.sqrt(changed / np.maximum(size, 1e-24))
 

@@ -192,6 +192,19 @@ def test_a_tool_is_called_and_what_it_says_is_taken_in(agent):
     assert end.reason == reply.reason == "repeated_call"
 
 
+def test_a_bidirectional_predictor_hears_what_a_tool_says(model):
+    small = model.config.predictor.replace(bidirectional=True, n_layers=1, pool="mean")
+    both_ways = VLJEPA(model.config.replace(predictor=small), rng=np.random.default_rng(0))
+    with ToolRegistry() as tools:
+        agent = Agent(both_ways, heads_of(both_ways, 4.0), tools)
+        lookup_tool(agent, price_of, isolation="inline")
+        read, call, _ = agent.ask(picture(), PRICE).trace.steps
+        assert call.result.text == "5" and call.state_change > 0 and call.candidates != read.candidates
+        assert [number for number, _, _ in agent.stream([picture(), picture()])] == [0]
+    with pytest.raises(ConfigError, match="no states to write into"):
+        AgentHeads(AgentConfig(), small)
+
+
 def test_the_scene_tools_ask_the_model_for_what_the_question_does_not_say(agent):
     shops = {"zorba": {answer: 9 for answer in ANSWERS}}
     register_scene_tools(agent.tools, KnowledgeBase(shops), usefulness=SURE)
