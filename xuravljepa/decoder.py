@@ -13,7 +13,7 @@ from xuracore.config import Config, require, require_positive
 from xuracore.errors import ShapeError
 from xuracore.tensor import Tensor
 from xuravljepa.layer import Layer
-from xuravljepa.tokenizer import BOS, EOS, PAD, VOCABULARY_SIZE, ByteTokenizer
+from xuravljepa.tokenizer import BOS, EOS, PAD, VOCABULARY_SIZE, ByteTokenizer, pad_rows
 
 _FREE = (*range(256), EOS)  # what may follow any text: a byte, or the end
 
@@ -79,6 +79,12 @@ class Decoder(nn.Module):
         logits = self.forward(embedding, tokens[:, :-1])
         return ops.cross_entropy(logits.reshape(-1, self.config.vocab_size), tokens[:, 1:].reshape(-1),
                                  ignore_index=PAD, label_smoothing=label_smoothing)
+
+    def text_loss(self, embedding, texts, label_smoothing=0.0):
+        """``loss`` of texts (B strings) given embeddings (B, E).  ShapeError for a text that is too long."""
+        limit = self.config.max_length - 2
+        ids = pad_rows([[BOS, *self._tokenizer.encode(text, limit), EOS] for text in texts])
+        return self.loss(embedding, ids, label_smoothing)
 
     @no_grad()
     def generate(self, embedding, max_length=None, allowed=None):

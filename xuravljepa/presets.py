@@ -71,10 +71,10 @@ class VLJEPAConfig(Config):
             predictor=PredictorConfig(d_model=96, n_layers=4, d_state=32, headdim=32, vision_dim=96,
                                       query_dim=64, embed_dim=64, n_visual=65, n_salient=16, n_read=2,
                                       max_query=64),
-            text=TextEncoderConfig(d_model=64, n_layers=1, d_state=16, headdim=32, max_length=64,
+            text=TextEncoderConfig(d_model=64, n_layers=1, d_state=16, headdim=32, max_length=160,
                                    embed_dim=64),
             decoder=DecoderConfig(d_model=64, n_layers=2, d_state=16, headdim=32, prefix_length=4,
-                                  max_length=64, embed_dim=64),
+                                  max_length=160, embed_dim=64),
         )
 
     @classmethod

@@ -5,6 +5,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from xuracore import nn, ops
 from xuracore.config import Config, require, require_positive
 from xuracore.errors import ShapeError
@@ -64,5 +66,15 @@ class TextEncoder(nn.Module):
         return pad_rows(rows)
 
     def encode(self, texts):
-        """A list of texts → (n, embed_dim).  Raises as :meth:`tokens` does."""
-        return self(self.tokens(texts))
+        """A list of texts → (n, embed_dim).  Raises as :meth:`tokens` does.
+
+        The long ones are run apart, so that answers of a word are not padded to the length of captions.
+        """
+        ids = self.tokens(texts)
+        length = (ids != PAD).sum(axis=1)
+        long = length > 3 * np.median(length)
+        if not long.any():
+            return self(ids)
+        apart = self(ids[~long, : length[~long].max()]), self(ids[long])
+        order = np.concatenate([np.flatnonzero(~long), np.flatnonzero(long)])
+        return ops.concatenate(*apart, axis=0)[np.argsort(order)]

@@ -2,6 +2,8 @@
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
+import re
+
 import numpy as np
 import pytest
 
@@ -95,7 +97,7 @@ def test_coverage_has_the_area_of_the_shape(shape, area):
 
 def test_the_caption_names_every_object():
     this = scene("train", 4)
-    assert len(caption(this).split(", ")) == len(this.objects)
+    assert len(re.split(", | and ", caption(this))) == len(this.objects)
     assert all(f"{o.size} {o.colour} {o.shape}" in caption(this) for o in this.objects)
 
 

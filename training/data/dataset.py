@@ -9,10 +9,11 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from training.data.captions import captions
 from training.data.manifest import Sample, read_manifest
 from training.data.questions import questions
 from training.data.rng import GENERATOR_VERSION
-from training.data.scenes import Scene, caption, render, scene
+from training.data.scenes import Scene, render, scene
 from training.data.tools_data import TOOL_TYPES, tool_questions
 from xuracore.errors import ConfigError
 
@@ -38,12 +39,17 @@ class Dataset:
             for row in _question_rows(scene(split, index, seed), types, per_type, templates)])
 
     @classmethod
-    def captions(cls, split, count, seed=0, start=0):
-        """One captioned picture per scene, without a query."""
+    def captions(cls, split, count, seed=0, start=0, types=("caption",), templates=None):
+        """Pictures with texts about them, one row for each scene and each of the types of ``captions``.
+
+        templates : how the questions are worded; None for captions without a question.
+        """
         rows = []
         for index in range(start, start + count):
             this = scene(split, index, seed)
-            rows.append(Sample(_name(this, "caption"), this, caption=caption(this), split=split))
+            for q in captions(this, types, templates or "plain"):
+                rows.append(Sample(_name(this, q.type), this, q.query if templates else None, caption=q.answer,
+                                   type=q.type, split=split))
         return cls(f"captions/{split}", rows)
 
     @classmethod

@@ -213,7 +213,17 @@ def _occlude(image, draws):
 _CORRUPT = {"noise": add_noise, "blur": _blur, "occlusion": _occlude}
 
 
-def caption(scene):
-    """A sentence that names every object, left to right."""
-    in_order = sorted(scene.objects, key=lambda thing: thing.x)
-    return ", ".join(f"{thing.size} {thing.colour} {thing.shape}" for thing in in_order)
+def caption(scene, order="left"):
+    """A sentence that names every object, from the ``left`` or from the ``top``.
+
+    Of two that are level, the one that comes first in the other direction is named first.
+    """
+    if order not in ("left", "top"):
+        raise ConfigError(f"captions go from the left or from the top, not from {order!r}")
+    in_order = sorted(scene.objects, key=lambda thing: (thing.x, thing.y) if order == "left" else (thing.y, thing.x))
+    return listed([f"a {thing.size} {thing.colour} {thing.shape}" for thing in in_order])
+
+
+def listed(words):
+    """``["a", "b", "c"]`` → "a, b and c"; nothing gives nothing."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), *words[-1:])))

@@ -248,6 +248,49 @@ WIDE = {
         "tell me {b} plus the number of {a}s", "(work out|calculate) {b} plus the number of {a}s",
         "the count of {a}s plus {b} is what?", "sum of {b} and the number of {a}s?",
     ),
+    "caption": (
+        "what is in the PICTURE?", "describe the PICTURE", "what do you see?", "what is to be seen?",
+        "what does the PICTURE show?",
+        "what (can be|is) seen in the PICTURE?", "describe what you see", "give me a description of the PICTURE",
+        "describe the PICTURE from left to right", "what do you see from left to right?", "say what you see",
+        "name all THINGS", "name everything from left to right", "list all THINGS from left to right",
+        "tell me what is in the PICTURE", "what THINGS are there?", "list everything you see",
+        "caption the PICTURE",
+        "tell me everything you see", "describe this PICTURE",
+    ),
+    "caption_down": (
+        "describe the PICTURE from top to bottom", "what do you see from top to bottom?",
+        "name all THINGS from top to bottom", "list everything from top to bottom",
+        "what is there from top to bottom?",
+        "describe what you see from (the top down|top to bottom|the top to the bottom)",
+        "name everything from the top down", "list all THINGS from the top down",
+        "say from top to bottom what you see",
+        "what does the PICTURE show from top to bottom?", "from top to bottom, what is in the PICTURE?",
+    ),
+    "colours": (
+        "(what|which) COLOURs are there?", "name the COLOURs", "list the COLOURs",
+        "(what|which) COLOURs do you see?",
+        "(what|which) COLOURs can you see?", "(what|which) COLOURs occur?", "list all COLOURs",
+        "name all COLOURs you see",
+        "tell me the COLOURs of the THINGS", "what are the COLOURs?",
+        "(what|which) COLOURs does the PICTURE (show|have)?",
+        "what COLOURs do the THINGS have?", "list the COLOURs of all THINGS",
+    ),
+    "shapes": (
+        "(what|which) shapes are there?", "name the shapes", "list the shapes", "(what|which) shapes do you see?",
+        "(what|which) shapes can you see?", "(what|which) shapes occur?", "list all shapes", "count all shapes",
+        "tell me the shapes of the THINGS", "what are the shapes?", "how many are there of each shape?",
+        "(what|which) shapes does the PICTURE (show|have)?", "how many of every shape do you see?",
+        "count the shapes one by one", "how often does each shape occur?",
+    ),
+    "colours_of": (
+        "(what|which) COLOURs are the {a}?", "(what|which) COLOURs do the {a} have?", "COLOURs of the {a}?",
+        "name the COLOURs of the {a}", "list the COLOURs of the {a}", "what are the COLOURs of the {a}?",
+        "tell me the COLOURs of all {a}", "(what|which) COLOURs have the {a}?",
+        "in (what|which) COLOURs do the {a} come?",
+        "(what|which) COLOURs do you see among the {a}?", "the {a} have (what|which) COLOURs?",
+        "tell me which COLOURs the {a} have",
+    ),
 }
 UNSEEN = {
     "shape": ("name the {a} thing's shape", "which shape does the {a} one have?",
@@ -289,6 +332,16 @@ UNSEEN = {
               "the {a} one, what is it sold for at {b}?", "what do they ask for {a} at {b}?"),
     "sum": ("what do you get when you add {b} to the {a} count?", "the {a}s and {b} more make what number?",
             "to {b} add all the {a}s", "how much are the {a}s and {b} together?"),
+    "caption": ("could you put the picture into words?", "what are all the things that you see here?",
+                "write down what there is", "i wonder what this shows"),
+    "caption_down": ("what is there, beginning at the top and going down?", "write down what there is, top to bottom",
+                     "put it into words from the top downwards", "top to bottom, which things do you see?"),
+    "colours": ("what colours have been used?", "write down every colour", "the colours here, what are they?",
+                "i wonder which colours it has"),
+    "shapes": ("what shapes have been used?", "write down every shape and its number",
+               "the shapes here, what are they?", "i wonder which shapes it has"),
+    "colours_of": ("the {a}, what are their colours?", "write down the colours of every one of the {a}",
+                   "i wonder which colours the {a} are", "look for the {a} and say their colours"),
 }
 
 # What may stand before a question, before a request, and after either.
@@ -329,7 +382,7 @@ class Draw:
 def parse(pattern):
     """A pattern as a tuple of texts and of tuples of alternatives, each again such a tuple."""
     for name, meaning in _MACROS.items():
-        pattern = re.sub(rf"\b{name}\b", meaning, pattern)
+        pattern = re.sub(rf"\b{name}(?![A-Z])", meaning, pattern)
     tokens = _TOKEN.findall(pattern)[::-1]
 
     def sequence():
@@ -366,7 +419,7 @@ def sentences(parsed):
 
 
 def other_word(word, draw):
-    """A slot's word, or another name for it; plural and genitive endings follow in the pattern."""
+    """A slot's word, or another name for it; plural and genitive endings may follow in the pattern."""
     place = draw.below(32)
     for name, share in _OTHER_WORDS.get(word, ()):
         if place < share:
@@ -378,7 +431,7 @@ def other_word(word, draw):
 def wide(patterns, words, draw):
     """A sentence that asks, drawn from ``patterns``; ``words`` fill its slots ``{a}``, ``{b}``, …"""
     words = {slot: other_word(word, draw) for slot, word in words.items()}
-    words["an"] = "an" if words["a"][0] in "aeiou" else "a"
+    words["an"] = "an" if words["a"][:1] in tuple("aeiou") else "a"
     sentence = spell(parse(draw.choice(patterns)), draw)
     dressed = draw.below(16)
     question = sentence.endswith("?")

@@ -11,16 +11,17 @@ answer, further questions are read from the state that is there,
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from training.accumulate import TwoPass
 from training.phases.common import RowBatches, generator, image_key
 from xuracore import ops
+from xuravljepa.model import CAPTION_QUERY
 from xuravljepa.tokenizer import PAD
 
-
+_SMALL_WORDS = ("the", "a", "an", "is", "of", "one", "there", "are", "do", "you", "to", "what")
 LESSON_TYPES = ("shape", "size", "horizontal", "vertical")
 
 
@@ -31,6 +32,7 @@ class Example:
     row: object
     answer: str
     tool: str | None
+    query: str | None = None  # in place of the row's
 
 
 class QuestionBatches:
@@ -39,29 +41,42 @@ class QuestionBatches:
     rows : Samples of the data set.   features : a FeatureStore over them.   turns : questions per picture
     (fewer where pictures have fewer).   tool_share : share of the sequences whose first question is a tool
     question.   told : share of the known tool rows that get the tool's text all the same.   rumour : share of
-    the texts in which the tool says another number than the list: its word counts.
+    the texts in which the tool says another number than the list: its word counts.   captions : share of the
+    questions that are replaced by one answered by a caption, where the picture has captions.   typos : share of
+    the questions with one slip of the pen.
     """
 
     def __init__(self, model, rows, features, batch_size, seed=0, turns=4, lesson=0, tool_share=0.3, told=0.3,
-                 rumour=0.5, numbers=31):
+                 rumour=0.5, numbers=31, captions=0.125, typos=0.0):
         self._model, self._features, self._seed = model, features, seed
         self._tool_share, self._told, self._rumour, self._numbers = tool_share, told, rumour, numbers
-        plain, self._tools, self._lesson = {}, {}, lesson
+        self._caption_share, self._typos = captions, typos
+        plain, self._tools, self._captions, self._lesson = {}, {}, {}, lesson
         for row in rows:
             if row.query and row.answer is not None:
                 kind = plain if row.tool is None else self._tools
-                kind.setdefault(image_key(row), []).append(row)
+            elif row.caption is not None:
+                kind = self._captions
+            else:
+                continue
+            kind.setdefault(image_key(row), []).append(row)
         self._plain = plain
         counts = sorted(len(found) for found in plain.values())
         self.turns = min(turns, counts[len(counts) // 2]) if counts else 1
-        self._batches = RowBatches(list(dict.fromkeys([*plain, *self._tools])), batch_size, seed)
+        self._batches = RowBatches(list(dict.fromkeys([*plain, *self._tools, *self._captions])), batch_size, seed)
 
     def __len__(self):
         return len(self._batches)
 
     def _example(self, row, rng):
+        example = self._heard(row, rng)
+        if self._typos and rng.random() < self._typos:
+            return replace(example, query=misspelt(row.query or CAPTION_QUERY, rng, row.meta.get("key")))
+        return example
+
+    def _heard(self, row, rng):
         if row.tool is None:
-            return Example(row, row.answer, None)
+            return Example(row, target(row), None)
         if row.meta.get("known", False) and rng.random() >= self._told:
             return Example(row, row.answer, None)
         if row.answer.isdigit() and rng.random() < self._rumour:
@@ -76,19 +91,53 @@ class QuestionBatches:
         if easy:
             plain, tools = easy, []
         first = [tools[rng.integers(len(tools))]] if tools and (not plain or rng.random() < self._tool_share) else []
+        texts = self._captions.get(picture)
         if not plain:
-            return [first[0]] * self.turns
+            return [first[0]] * self.turns if first else [texts[i % len(texts)] for i in range(self.turns)]
         order = rng.permutation(len(plain))
-        return (first + [plain[order[i % len(plain)]] for i in range(self.turns)])[: self.turns]
+        rows = (first + [plain[order[i % len(plain)]] for i in range(self.turns)])[: self.turns]
+        if not texts or easy:
+            return rows
+        return [texts[rng.integers(len(texts))] if row.tool is None and rng.random() < self._caption_share else row
+                for row in rows]
 
     def batch(self, step):
-        """A list of turns, each as ``collate`` gives it; only the first has "visual" and "tool"."""
+        """{"turns", "answers", "texts"}: turns as ``collate`` gives them, only the first with "visual" and "tool".
+
+        answers : those of all turns, in their order.   texts : (n,) indices of those that are captions.
+        """
         rng = generator(self._seed, 1, step)
         by_picture = [self._rows(picture, rng, step < self._lesson) for picture in self._batches.rows_of(step)]
         first = collate(self._model, [self._example(rows[0], rng) for rows in by_picture], self._features)
-        later = [collate(self._model, [Example(rows[turn], rows[turn].answer, None) for rows in by_picture], None)
+        later = [collate(self._model, [self._example(rows[turn], rng) for rows in by_picture], None)
                  for turn in range(1, self.turns)]
-        return {"answers": [text for turn in (first, *later) for text in turn["answers"]], "turns": [first, *later]}
+        texts = [rows[turn].answer is None for turn in range(self.turns) for rows in by_picture]
+        return {"answers": [text for turn in (first, *later) for text in turn["answers"]], "turns": [first, *later],
+                "texts": np.flatnonzero(texts)}
+
+
+def target(row):
+    """What a row teaches to say: its answer or, where it has none, its caption."""
+    return row.caption if row.answer is None else row.answer
+
+
+def misspelt(query, rng, key=None):
+    """``query`` as a hasty hand puts it: a letter missing, doubled, swapped or wrong, or a small word left out.
+
+    key : a word that stays as it is.
+    """
+    words = query.split(" ")
+    small = [i for i, word in enumerate(words) if word in _SMALL_WORDS]
+    long = [i for i, word in enumerate(words) if len(word) >= 4 and word.isalpha() and word != key]
+    if small and len(words) > 2 and (not long or rng.random() < 0.3):
+        del words[small[rng.integers(len(small))]]
+    elif long:
+        i = long[rng.integers(len(long))]
+        word, at = words[i], int(rng.integers(1, len(words[i]) - 1))
+        start, letter, rest = word[:at], word[at], word[at + 1 :]
+        other = chr(ord("a") + int(rng.integers(26)))
+        words[i] = start + (rest, letter + letter + rest, rest[0] + letter + rest[1:], other + rest)[rng.integers(4)]
+    return " ".join(words)
 
 
 def collate(model, examples, features):
@@ -103,7 +152,7 @@ def collate(model, examples, features):
         tool = np.full((len(examples), *ids.shape[1:]), PAD, np.int64)
         tool[told] = ids
     return {
-        "query": model.query_tokens([example.row.query for example in examples]),
+        "query": model.query_tokens([example.query or example.row.query or CAPTION_QUERY for example in examples]),
         "visual": None if features is None else features([example.row for example in examples]),
         "tool": tool,
         "answers": [example.answer for example in examples],
@@ -124,11 +173,20 @@ def features(training, batch, rng=None):
 def joint(training, predicted, batches, gate_weight=0.01):
     """(loss, metrics) of the predictions of all ``batches``, each the others' negatives.
 
-    metrics : "accuracy" over all answers at hand, "first" of the first turns alone, "gate" of the last batch,
-    "scale", and those of the Objective.
+    Captions are also to be written by the Y-Decoder, from the prediction: to tell a picture from those of a batch
+    takes less than to describe it.   metrics : "accuracy" over all answers at hand, "first" of the first turns
+    alone, "gate" of the last batch, "scale", "words" (cross-entropy of the captions' bytes), and those of the
+    Objective.
     """
     model, (embedding,) = training.model, predicted
-    loss, found = training.objective(model, embedding, [text for batch in batches for text in batch["answers"]])
+    answers = [text for batch in batches for text in batch["answers"]]
+    loss, found = training.objective(model, embedding, answers)
+    starts = np.cumsum([0] + [len(batch["answers"]) for batch in batches])
+    texts = np.concatenate([batch["texts"] + start for batch, start in zip(batches, starts)])
+    if len(texts):
+        words = model.y_decoder.text_loss(embedding[texts], [answers[i] for i in texts])
+        loss = loss + words
+        found["words"] = words.item()
     hits = found.pop("hits")
     first = np.concatenate([np.arange(len(batch["answers"])) < len(batch["turns"][0]["answers"]) for batch in batches])
     metrics = {"accuracy": float(np.mean(hits)), "first": float(np.mean(hits[first])), "scale": model.scale, **found}

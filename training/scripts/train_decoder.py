@@ -28,6 +28,7 @@ def main(argv=None):
     parser.add_argument("--model", "--phase1-checkpoint", default=None, metavar="DIR",
                         help="folder of the model that phase 1 wrote (default runs/jepa/model; with --tiny the "
                         "shipped model)")
+    parser.add_argument("--wordings", choices=("plain", "wide"), default="wide")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--max-bad-fraction", type=float, default=0.0)
     args = parser.parse_args(argv)

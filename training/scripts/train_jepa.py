@@ -10,6 +10,7 @@ if not __package__:  # run by path: import the packages that this script lies be
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from training import options
+from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
 from training.phases import jepa, objective
 from training.phases.common import FeatureStore
@@ -47,11 +48,13 @@ def data_sets(args):
         return kept, held, False
     scenes = args.scenes or (40 if args.tiny else 12000)
     options.say(args, f"no --data-dir: generating {scenes} scenes with questions (seed {args.data_seed})")
-    train = Dataset.scenes("train", scenes, args.data_seed, per_type=3).rows
-    tools = Dataset.tools("train", scenes, args.data_seed, pools=("known", "known", "train")).rows
-    held = Dataset.scenes("val", min(scenes, 300), args.data_seed).rows
-    known = Dataset.tools("val", min(scenes, 300), args.data_seed, pools=("known",)).rows
-    return [*train, *tools], [*held, *known], True
+    how = {"templates": args.wordings}
+    train = Dataset.scenes("train", scenes, args.data_seed, per_type=3, **how).rows
+    tools = Dataset.tools("train", scenes, args.data_seed, pools=("known", "known", "train"), **how).rows
+    texts = Dataset.captions("train", scenes, args.data_seed, types=tuple(TEMPLATES), **how).rows
+    held = Dataset.scenes("val", min(scenes, 300), args.data_seed, **how).rows
+    known = Dataset.tools("val", min(scenes, 300), args.data_seed, pools=("known",), **how).rows
+    return [*train, *tools, *(texts if args.wordings == "wide" else ())], [*held, *known], True
 
 
 def frozen_encoder(args, config, rng):
@@ -137,6 +140,11 @@ def main(argv=None):
                         help="begin with so many batches of the simplest generated questions (default 600; none with "
                         "--tiny or --data-dir)")
     parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
+    parser.add_argument("--model", metavar="DIR", help="go on from the weights of this model; 'tiny' is the shipped one")
+    parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="how generated questions are put: "
+                        "in a few ways each, or in hundreds, and captions too (default)")
+    parser.add_argument("--typos", type=float, default=0.05, metavar="SHARE",
+                        help="of the questions with one slip of the pen (default 0.05)")
     objective_options(parser)
     parser.add_argument("--max-bad-fraction", type=float, default=0.0,
                         help="share of bad manifest rows to skip before giving up")
@@ -146,7 +154,7 @@ def main(argv=None):
     train_rows, held_rows, generated = data_sets(args)
     if not held_rows:
         raise FormatError("too few pictures to hold some out for validation", args.data_dir)
-    answers = tuple(sorted({row.answer for row in [*train_rows, *held_rows]} | set(NUMBERS if generated else ())))
+    answers = tuple(sorted({row.answer for row in [*train_rows, *held_rows]} - {None} | set(NUMBERS if generated else ())))
     config = VLJEPAConfig.preset(args.preset)
     encoder = frozen_encoder(args, config, rng)
     if (encoder.config, encoder.preprocessing) != (config.vision, config.preprocessing):
@@ -157,21 +165,26 @@ def main(argv=None):
         model.y_encoder.load_state_dict(VLJEPA.from_pretrained(args.y_encoder).y_encoder.state_dict())
     start = args.temperature or (math.exp(-objective.SIGMOID_START[0]) if args.loss == "sigmoid" else 0.07)
     model.log_scale.data[...] = -np.log(start)
+    if args.model:
+        model.load_state_dict(VLJEPA.from_pretrained(args.model).state_dict())
     model.requires_grad_(False)
 
     if options.dry_run(args, phase=1, questions=len(train_rows), held_out=len(held_rows), answers=len(answers)):
         return 0
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"),
                             cache=args.feature_cache)
-    model.predictor.fit_vision(features.tokens[:2000])
+    if not args.model:
+        model.predictor.fit_vision(features.tokens[:2000])
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
-    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns, lesson)
+    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns, lesson,
+                                   typos=args.typos)
     steps = max(1, args.epochs * len(batches) // args.accumulate) if args.epochs else args.steps
     steps = steps or args._defaults["steps"]
     settings = objective_config(args, len(answers), steps)
-    for name in ("predictor", "log_scale") + ("y_encoder",) * (settings.target != "frozen"):
+    written = any(row.answer is None for row in train_rows)
+    for name in ("predictor", "log_scale") + ("y_encoder",) * (settings.target != "frozen") + ("y_decoder",) * written:
         getattr(model, name).requires_grad_()
-    training = objective.Training(model, objective.Objective(settings, model, [row.answer for row in train_rows]))
+    training = objective.Training(model, objective.Objective(settings, model, [jepa.target(row) for row in train_rows]))
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
     held = held_rows[:: max(1, len(held_rows) // 3000)]
