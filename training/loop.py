@@ -31,6 +31,7 @@ import numpy as np
 
 import xuracore as xc
 from training import checkpoint
+from training.event_log import EventLog, writer_class
 from training.optim import ExponentialMovingAverage, clip_grad_norm
 from training.plot import draw_training
 from training.progress import MetricLog, ProgressLine, Taken, Window
@@ -61,6 +62,7 @@ class TrainerConfig(Config):
     patience: int = 0  # evaluations without improvement after which to stop; 0: never
     min_delta: float = 0.0  # by how much a number must be better than the best so far to be an improvement
     max_skips: int = 10  # steps in a row that are not finite before giving up
+    event_log: bool = False  # also write events/ for TensorBoard
     prefetch: bool = True  # make the next batch in a thread meanwhile
     progress_seconds: float = 10.0  # between lines where the output is no terminal
 
@@ -125,6 +127,7 @@ class Trainer:
         self._skips_in_a_row, self._window = 0, Window()
         self._best, self._waited = None, 0
         self._stop, self._log, self._line, self._saved_at = None, None, None, None
+        self._events = None
         self.when_open = None  # called once ``output_dir`` is this run's
 
     # ------------------------------------------------------------------ the run
@@ -151,6 +154,8 @@ class Trainer:
                 self._line.say(f"{reason}: stopped after step {self.step}" + self._where_saved())
         finally:
             self._line.close()
+            if self._events is not None:
+                self._events.close()
             if self._log is not None:
                 self._log.close()
                 draw_training(self._log.path, self.output_dir / "training.svg")
@@ -379,6 +384,8 @@ class Trainer:
         """Prepare ``output_dir``; returns whether a run was resumed."""
         if self.output_dir is None:
             return False
+        if self.config.event_log:
+            writer_class()  # that the extra is missing is known before anything is deleted
         directory, log = self._directory(), self.output_dir / "metrics.jsonl"
         exists = bool(directory.steps())
         if exists and resume:
@@ -390,16 +397,23 @@ class Trainer:
             )
         elif exists:
             shutil.rmtree(directory.path)
-            shutil.rmtree(self.output_dir / "best", ignore_errors=True)
+            for part in ("best", "events"):
+                shutil.rmtree(self.output_dir / part, ignore_errors=True)
+        resumed = exists and resume
+        if self.config.event_log:
+            self._events = EventLog(self.output_dir / "events", self.step + 1 if resumed else None)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.when_open is not None:
             self.when_open()
-        self._log = MetricLog(log, self.step if exists and resume else None)
-        return exists and resume
+        self._log = MetricLog(log, self.step if resumed else None)
+        return resumed
 
     def _write(self, record):
         if self._log is not None:
-            self._log.write({"step": self.step, **record})
+            record = {"step": self.step, **record}
+            self._log.write(record)
+            if self._events is not None:
+                self._events.write(record)
 
 
 def _as_json(value):

@@ -67,6 +67,8 @@ def training_parser(description, epilog, **defaults):
     group.add_argument("--save-every", type=int, default=500, metavar="STEPS")
     group.add_argument("--evaluate-every", "--eval-every", type=int, default=0, metavar="STEPS", help="0: only at the end")
     group.add_argument("--log-every", type=positive, default=20, metavar="STEPS")
+    group.add_argument("--tensorboard", action="store_true", help="also write event files, into OUTPUT_DIR/events "
+                       "(needs the extra 'tensorboard')")
     group.add_argument("--quiet", action="store_true", help="no progress")
     group.add_argument("--dry-run", action="store_true", help="print what would run, and end")
     parser.set_defaults(_defaults=defaults)
@@ -149,6 +151,7 @@ def train(module, loss_function, batches, args, *, lr_scales=None, evaluate=None
         log_every=args.log_every, save_every=args.save_every, evaluate_every=args.evaluate_every or steps,
         monitor=args.monitor if evaluate else None, monitor_mode=args.monitor_mode,
         patience=args.patience if evaluate else 0, min_delta=args.min_delta,
+        event_log=args.tensorboard,
     )
     trainer = Trainer(module, loss_function, optimizer, schedule, batches, config, output_dir or args.output_dir,
                       evaluate=evaluate, after_step=after_step, describe=describe,
