@@ -5,13 +5,17 @@ need no disk.
 """
 import hashlib
 import json
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+from training.data.bad import BadRows
 from training.data.captions import captions
-from training.data.manifest import Sample, read_manifest
+from training.data.manifest import Sample, samples
 from training.data.questions import questions
+from training.data.readers import READERS, detect
+from training.data.readers.settings import Settings
 from training.data.rng import GENERATOR_VERSION
 from training.data.scenes import Scene, render, scene
 from training.data.tools_data import TOOL_TYPES, tool_questions
@@ -25,11 +29,12 @@ class Dataset:
     """A sequence of Sample.
 
     ``rows`` are the samples with their generated pictures not drawn yet (``image`` is a Scene): enough for
-    whatever looks at texts alone, and much faster.
+    whatever looks at texts alone, and much faster.  ``bad`` is a BadRows, what was left out.
     """
 
-    def __init__(self, name, rows):
+    def __init__(self, name, rows, bad=None):
         self.name, self.rows = name, tuple(rows)
+        self.bad = BadRows(name) if bad is None else bad
 
     @classmethod
     def scenes(cls, split, count, seed=0, start=0, types=None, per_type=1, templates="plain"):
@@ -70,12 +75,7 @@ class Dataset:
         """
         path = Path(path)
         path = path / "manifest.jsonl" if path.is_dir() else path
-        samples = read_manifest(path, max_bad_fraction).samples
-        rows = [sample for sample in samples if split is None or sample.split == split]
-        if not rows:
-            found = sorted({str(sample.split) for sample in samples})
-            raise ConfigError(f"no row of {path} has the split {split!r}; it has {', '.join(found)}")
-        return cls(str(path), rows)
+        return open_dataset(path, "manifest", split=split, max_bad_fraction=max_bad_fraction)
 
     def __len__(self):
         return len(self.rows)
@@ -98,10 +98,43 @@ class Dataset:
         """SHA-256 of all texts and of what the pictures are (a generated scene, a file name), in hex."""
         digest = hashlib.sha256(GENERATOR_VERSION.encode())
         for row in self.rows:
-            image = row.image.name if isinstance(row.image, Path) else repr(row.image)
+            image = getattr(row.image, "name", None) or repr(row.image)  # no folder: data may be moved
             texts = [row.id, image, row.query, row.answers, row.caption, row.tool]
             digest.update(json.dumps(texts).encode())
         return digest.hexdigest()
+
+
+def open_dataset(path, format="auto", *, split=None, max_bad_fraction=0.0, settings=Settings(), say=None):
+    """The Dataset that lies at ``path``: a folder, a file, or a pattern of archives.
+
+    format : one of readers.FORMATS; "auto" looks at what is there.   split : rows of that split alone.
+    settings : a readers.settings.Settings.   say : called with what was found, in words.
+
+    Raises FormatError for what cannot be read, or with more bad rows than ``max_bad_fraction`` of all; ConfigError
+    where several formats are there, for columns that are not, and when no row has the split.
+    """
+    format, files = detect(path, format)
+    bad = BadRows(path)
+    found = tuple(samples(READERS[format].entries(files, settings), bad, READERS[format].ONE_ANSWER))
+    if say is not None:
+        say(f"{path}: {READERS[format].TITLE}, {_summary(found)}")
+    bad.check(len(found), max_bad_fraction)
+    rows = [sample for sample in found if split is None or sample.split == split]
+    if not rows:
+        splits = sorted({str(sample.split) for sample in found})
+        raise ConfigError(f"no row of {path} has the split {split!r}; it has {', '.join(splits)}")
+    return Dataset(str(path), rows, bad)
+
+
+def _summary(rows):
+    """What there is, in words."""
+    pictures = len({str(row.image) for row in rows if row.image is not None})
+    asked = sum(row.query is not None for row in rows)
+    parts = [f"{pictures:,} pictures", f"{asked:,} questions" * bool(asked),
+             f"{sum(row.caption is not None for row in rows):,} captions" * any(row.caption for row in rows)]
+    splits = Counter(row.split or "no split" for row in rows)
+    parts.append("splits " + ", ".join(f"{name} {count:,}" for name, count in sorted(splits.items())))
+    return "; ".join(part for part in parts if part)
 
 
 def _name(this, *parts):

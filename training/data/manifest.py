@@ -16,13 +16,15 @@ import math
 import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
+from training.data.bad import BadRows, Refused
+from training.data.json_rows import Decoder
 from xuracore.errors import FormatError
 from xuracore.io.atomic import write_atomically
 
 MAX_LINE_BYTES = 1_000_000
 MAX_CAPTION_BYTES = 1_000_000
-_SHOWN = 5
 _ALIASES = {"question": "query", "text": "caption"}
 
 
@@ -30,7 +32,8 @@ _ALIASES = {"question": "query", "text": "caption"}
 class Sample:
     """One thing to learn from: a picture, a question and its answer, or a caption.
 
-    ``image`` is a Path, a uint8 array (H, W, 3) or None; ``answer`` is the first of ``answers``.
+    ``image`` is a Path, a picture in an archive (readers.tar.TarPicture), a uint8 array (H, W, 3) or None;
+    ``answer`` is the first of ``answers``.  ``origin`` is the file and the line or member it was read from.
     """
 
     id: str
@@ -46,14 +49,10 @@ class Sample:
     confused: int | None = None
     knowledge: tuple = ()
     meta: dict = field(default_factory=dict, hash=False)
+    origin: tuple | None = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A line that was left out: its number, counted from 1, and why."""
-
-    line: int
-    reason: str
+_KEYS = tuple(item.name for item in fields(Sample) if item.name != "origin")
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,16 @@ class Manifest:
 
     def report(self):
         """The bad rows in words, ``path:line: reason`` each, or an empty string."""
-        return "\n".join(f"{self.path}:{row.line}: {row.reason}" for row in self.bad)
+        return "\n".join(map(str, self.bad))
 
 
-class _Bad(ValueError):
-    """Why one row is refused."""
+class Entry(NamedTuple):
+    """What a reader found at one place: ``row`` has the keys of a manifest, or is the Refused that says why not."""
+
+    file: object
+    line: int | str | None
+    row: object
+    folder: object
 
 
 def read_manifest(path, max_bad_fraction=0.0, check_files=True):
@@ -80,41 +84,70 @@ def read_manifest(path, max_bad_fraction=0.0, check_files=True):
     empty, or when more than ``max_bad_fraction`` of its rows are bad (0: one is too many), naming the file
     and the line of the first few.
     """
+    path, bad = Path(path), BadRows(path)
+    good = tuple(samples(entries(path, check_files), bad))
+    bad.check(len(good), max_bad_fraction)
+    return Manifest(path, good, tuple(bad.rows))
+
+
+def entries(path, check_files=True):
+    """The Entry of every line of a manifest that is not blank."""
     path = Path(path)
-    root = path.parent.resolve()
-    samples, bad, seen = [], [], set()
-    for number, line in _lines(path):
+    folder, decoder = Folder(path.parent, check_files), Decoder()
+    for number, line in lines(path):
         try:
-            sample = _parse(line, number, root, check_files)
-            if sample.id in seen:
-                raise _Bad(f"the id {sample.id!r} is taken by an earlier line")
-            seen.add(sample.id)
-            samples.append(sample)
-        except _Bad as error:
-            bad.append(BadRow(number, str(error)))
-    result = Manifest(path, tuple(samples), tuple(bad))
-    total = len(samples) + len(bad)
-    if total == 0:
-        raise FormatError("the manifest has no rows", path)
-    if len(bad) > max_bad_fraction * total:
-        first = "\n".join(result.report().split("\n")[:_SHOWN])
-        more = f"\n… and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
-        raise FormatError(f"{len(bad)} of {total} rows are bad, more than "
-                          f"max_bad_fraction={max_bad_fraction} allows:\n{first}{more}", path)
-    return result
+            yield Entry(path, number, _decode(line, decoder), folder)
+        except Refused as error:
+            yield Entry(path, number, error, folder)
 
 
-def _lines(path):
-    """(number, bytes) of every line that is not blank."""
+def samples(found, bad, one_answer=True):
+    """The Sample of each good Entry; the others go to ``bad``, a BadRows.
+
+    Refused are rows that break a rule of the manifest, ids that are taken, and, where ``one_answer``, a second
+    answer to the same question about the same picture of a split, none of whose answers is the first one's.
+    """
+    ids, asked = {}, {}
+    for entry in found:
+        try:
+            if isinstance(entry.row, Refused):
+                raise entry.row
+            sample = sample_of(entry)
+            if sample.id in ids:
+                raise Refused(f"the id {sample.id!r} is taken by {_place(ids[sample.id])}")
+            if one_answer and sample.query is not None:
+                _agree(sample, asked)
+            ids[sample.id] = sample.origin
+            yield sample
+        except Refused as error:
+            bad.add(entry.file, entry.line, error)
+
+
+def _agree(sample, asked):
+    tool = json.dumps(sample.tool, sort_keys=True) if sample.tool else None
+    key = str(sample.image), " ".join(sample.query.lower().split()), sample.split, tool
+    answers, origin = asked.setdefault(key, (sample.answers, sample.origin))
+    if sample.answer not in answers and answers[0] not in sample.answers:
+        raise Refused(f"the answer {sample.answer!r} contradicts {answers[0]!r}, given for the same picture and "
+                      f"question in {_place(origin)}")
+
+
+def _place(origin):
+    file, line = origin
+    return os.path.basename(file) + ("" if line is None else f":{line}")
+
+
+def lines(path, limit=MAX_LINE_BYTES):
+    """(number, bytes) of every line that is not blank; a line of more than ``limit`` bytes comes as a Refused."""
     try:
         with open(path, "rb") as file:
             number = 0
-            while line := file.readline(MAX_LINE_BYTES + 1):
+            while line := file.readline(limit + 1):
                 number += 1
-                if len(line) > MAX_LINE_BYTES:
+                if len(line) > limit:
                     while line and not line.endswith(b"\n"):
-                        line = file.readline(MAX_LINE_BYTES)
-                    yield number, None
+                        line = file.readline(limit)
+                    yield number, Refused(f"the line is longer than {limit} bytes")
                 elif line.strip():
                     yield number, line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
     except FileNotFoundError:
@@ -123,38 +156,30 @@ def _lines(path):
         raise FormatError(f"cannot be read ({error.strerror})", path) from error
 
 
-def _parse(line, number, root, check_files):
-    if line is None:
-        raise _Bad(f"the line is longer than {MAX_LINE_BYTES} bytes")
+def _decode(line, decoder):
+    if isinstance(line, Refused):
+        raise line
     try:
-        row = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+        row = decoder.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _Bad(f"not UTF-8 (byte {error.start} of the line)") from None
-    except json.JSONDecodeError as error:
-        raise _Bad(f"not JSON: {error.msg} (column {error.colno})") from None
-    except (RecursionError, ValueError) as error:      # nested too deep; a number of too many digits
-        raise _Bad(f"not acceptable JSON: {str(error)[:120]}") from None
+        raise Refused(f"not UTF-8 (byte {error.start} of the line)") from None
     if not isinstance(row, dict):
-        raise _Bad(f"expected a JSON object, got {type(row).__name__}")
-    return _sample(row, number, root, check_files)
+        raise Refused(f"expected a JSON object, got {type(row).__name__}")
+    return row
 
 
-def _refuse_constant(name):
-    raise _Bad(f"{name} is not JSON")
-
-
-def _sample(row, number, root, check_files):
-    row = {key: value for key, value in row.items() if value is not None}
+def sample_of(entry):
+    """The Sample of an Entry whose row is a dict.  Raises Refused for one that breaks a rule."""
+    row = {key: value for key, value in entry.row.items() if value is not None}
     for alias, key in _ALIASES.items():
         if alias in row:
             if key in row:
-                raise _Bad(f"{alias!r} is another name for {key!r}; give one of them")
+                raise Refused(f"{alias!r} is another name for {key!r}; give one of them")
             row[key] = row.pop(alias)
     if isinstance(row.get("tool_used"), str):
         row.setdefault("tool", {"name": row.pop("tool_used")})
     meta = _checked(row, "meta", dict, {})
-    known = {item.name for item in fields(Sample)}
-    meta = {**{key: row[key] for key in row if key not in known}, **meta}
+    meta = {**{key: row[key] for key in row if key not in _KEYS}, **meta}
 
     answers = _texts(row, "answers")
     answer = _text(row, "answer", numbers=True)
@@ -163,20 +188,19 @@ def _sample(row, number, root, check_files):
     elif answer is not None and not answers:
         answers = (answer,)
     sample = Sample(
-        id=_text(row, "id", numbers=True) or f"line-{number}",
-        image=_inside(root, _text(row, "image"), "image", check_files) if "image" in row else None,
-        query=_text(row, "query"), answer=answer, answers=answers,
-        choices=_texts(row, "choices"), caption=_caption(row, root), type=_text(row, "type"),
+        id=_text(row, "id", numbers=True) or f"line-{entry.line}",
+        image=_image(row, entry.folder), query=_text(row, "query"), answer=answer, answers=answers,
+        choices=_texts(row, "choices"), caption=_caption(row, entry.folder), type=_text(row, "type"),
         split=_text(row, "split"), tool=_tool(row), confused=_flag(row, "confused"),
-        knowledge=_texts(row, "knowledge"), meta=meta)
+        knowledge=_texts(row, "knowledge"), meta=meta, origin=(str(entry.file), entry.line))
     if sample.query is None and sample.caption is None:
-        raise _Bad("a row needs a 'query' with its answer, or a 'caption'")
+        raise Refused("a row needs a 'query' with its answer, or a 'caption'")
     if sample.query is not None and sample.answer is None:
-        raise _Bad("the query has neither 'answer' nor 'answers'")
+        raise Refused("the query has neither 'answer' nor 'answers'")
     if sample.answer is not None and sample.answer not in sample.answers:
-        raise _Bad(f"the answer {sample.answer!r} is not among the answers")
+        raise Refused(f"the answer {sample.answer!r} is not among the answers")
     if sample.choices and sample.answer is not None and sample.answer not in sample.choices:
-        raise _Bad(f"the answer {sample.answer!r} is not among the choices")
+        raise Refused(f"the answer {sample.answer!r} is not among the choices")
     return sample
 
 
@@ -184,7 +208,7 @@ def _checked(row, key, kind, default=None):
     value = row.get(key, default)
     if value is not default and not isinstance(value, kind):
         names = {dict: "an object", list: "a list", str: "a string"}
-        raise _Bad(f"{key!r} must be {names[kind]}, got {type(value).__name__}")
+        raise Refused(f"{key!r} must be {names[kind]}, got {type(value).__name__}")
     return value
 
 
@@ -193,13 +217,13 @@ def _text(row, key, numbers=False):
     value = row.get(key)
     if numbers and isinstance(value, (int, float)) and not isinstance(value, bool):
         if not math.isfinite(value):
-            raise _Bad(f"{key!r} is not a finite number")
+            raise Refused(f"{key!r} is not a finite number")
         return json.dumps(value)
     value = _checked(row, key, str)
     if value is not None and not value.strip():
-        raise _Bad(f"{key!r} is empty")
+        raise Refused(f"{key!r} is empty")
     if value is not None and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-        raise _Bad(f"{key!r} holds half a surrogate pair, which is no character")
+        raise Refused(f"{key!r} holds half a surrogate pair, which is no character")
     return value
 
 
@@ -208,18 +232,18 @@ def _texts(row, key):
     if values is None:
         return ()
     if not values:
-        raise _Bad(f"{key!r} is an empty list")
+        raise Refused(f"{key!r} is an empty list")
     return tuple(_text({key: value}, key, numbers=True) or _refuse_entry(key) for value in values)
 
 
 def _refuse_entry(key):
-    raise _Bad(f"{key!r} holds null")
+    raise Refused(f"{key!r} holds null")
 
 
 def _flag(row, key):
     value = row.get(key)
     if value not in (None, 0, 1):
-        raise _Bad(f"{key!r} must be 0 or 1, got {value!r}")
+        raise Refused(f"{key!r} must be 0 or 1, got {value!r}")
     return None if value is None else int(value)
 
 
@@ -228,46 +252,68 @@ def _tool(row):
     if tool is None:
         return None
     if unknown := set(tool) - {"name", "arguments", "result"}:
-        raise _Bad(f"'tool' has an unknown key {sorted(unknown)[0]!r}; it takes name, arguments and result")
+        raise Refused(f"'tool' has an unknown key {sorted(unknown)[0]!r}; it takes name, arguments and result")
     if _text(tool, "name") is None:
-        raise _Bad("'tool' needs a 'name'")
+        raise Refused("'tool' needs a 'name'")
     _checked(tool, "arguments", dict)
     return tool
 
 
-def _caption(row, root):
+def _image(row, folder):
+    image = row.get("image")
+    if image is None or hasattr(image, "read"):  # no JSON value has that: a picture that a reader found
+        return image
+    return folder.file(_text(row, "image"), "image")
+
+
+def _caption(row, folder):
     caption = _text(row, "caption")
     if caption is None or not caption.endswith(".txt") or "\n" in caption:
         return caption
-    path = _inside(root, caption, "text", must_exist=True)
+    path = folder.file(caption, "text", must_exist=True)
     if path.stat().st_size > MAX_CAPTION_BYTES:
-        raise _Bad(f"the text file {caption!r} is larger than {MAX_CAPTION_BYTES} bytes")
+        raise Refused(f"the text file {caption!r} is larger than {MAX_CAPTION_BYTES} bytes")
     try:
         content = path.read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise _Bad(f"the text file {caption!r} cannot be read: {error}") from None
+        raise Refused(f"the text file {caption!r} cannot be read: {error}") from None
     if not content:
-        raise _Bad(f"the text file {caption!r} is empty")
+        raise Refused(f"the text file {caption!r} is empty")
     return content
 
 
-def _inside(root, name, what, must_exist):
-    """The path of a file below ``root``; links are followed before judging where it lies."""
-    if "\0" in name or "://" in name or "\\" in name:
-        raise _Bad(f"the {what} path {name!r} must be a plain relative path with forward slashes")
-    if os.path.isabs(name):
-        raise _Bad(f"the {what} path {name!r} is absolute; give it relative to the manifest")
-    path = root / name
-    try:
-        inside = path.resolve().is_relative_to(root)
-        exists = path.is_file()
-    except (OSError, RuntimeError) as error:           # a loop of links, a name too long
-        raise _Bad(f"the {what} path {name[:80]!r} cannot be followed: {error}") from None
-    if not inside:
-        raise _Bad(f"the {what} path {name!r} leads out of the manifest's folder")
-    if must_exist and not exists:
-        raise _Bad(f"the {what} file {name!r} does not exist")
-    return path
+class Folder:
+    """Files below a folder by their relative names; links are followed before judging where they lie.
+
+    within : where to look, below the folder, one after the other.   check_files : whether a file has to exist.
+    """
+
+    def __init__(self, root, check_files=True, within=("",)):
+        self.root, self._check, self._within, self._known = Path(root).resolve(), check_files, within, {}
+
+    def file(self, name, what, must_exist=None):
+        """The absolute path of the file ``name``.  Raises Refused."""
+        if name not in self._known:  # many questions are about one picture
+            self._known[name] = self._find(name, what, self._check if must_exist is None else must_exist)
+        return self._known[name]
+
+    def _find(self, name, what, must_exist):
+        if "\0" in name or "://" in name or "\\" in name:
+            raise Refused(f"the {what} path {name!r} must be a plain relative path with forward slashes")
+        if os.path.isabs(name):
+            raise Refused(f"the {what} path {name!r} is absolute; give it relative to {self.root.name}/")
+        for path in (self.root / place / name for place in self._within):
+            try:
+                inside = path.resolve().is_relative_to(self.root)
+                exists = path.is_file()
+            except (OSError, RuntimeError) as error:  # a loop of links, a name too long
+                raise Refused(f"the {what} path {name[:80]!r} cannot be followed: {error}") from None
+            if not inside:
+                raise Refused(f"the {what} path {name!r} leads out of the folder {self.root.name}/")
+            if exists or not must_exist:
+                return path
+        where = ", ".join(f"{self.root.name}/{place}" for place in self._within)
+        raise Refused(f"the {what} file {name!r} does not exist in {where}")
 
 
 def write_manifest(path, samples):
@@ -282,7 +328,7 @@ def write_manifest(path, samples):
 
 
 def _row(sample, path):
-    row = {item.name: getattr(sample, item.name) for item in fields(sample)}
+    row = {name: getattr(sample, name) for name in _KEYS}
     if sample.image is not None:
         if not isinstance(sample.image, (str, os.PathLike)):
             raise FormatError("save the image to a file first: the manifest names its path", path, sample.id)
