@@ -52,8 +52,8 @@ def loss_of(trained, embedding=None, answers=ANSWERS):
 
 SETTINGS = [{"loss": loss, "target": "frozen" if loss in ("cosine", "l1", "l2") else "online"} for loss in LOSSES]
 SETTINGS += [{"loss": loss, "target": "ema", "steps": 6} for loss in ("nce", "sigmoid", "vicreg")]
-SETTINGS += [{"negatives": "bank", "bank_every": 4}, {"negatives": "batch", "uniformity": 0.1, "prior_correct": True},
-             {"loss": "cosine", "uniformity": 0.5}, {"negatives": "bank", "target": "ema", "bank_every": 2}]  # fmt: skip
+SETTINGS += [{"negatives": "bank", "bank_every": 4}, {"negatives": "bank", "target": "ema", "bank_every": 2},
+             {"negatives": "batch", "uniformity": 0.1, "prior_correct": True}, {"loss": "cosine", "uniformity": 0.5}]
 
 
 # ---------------------------------------------------------------------- what is compared with what
@@ -132,17 +132,17 @@ def test_the_sigmoid_loss_learns_its_bias():
 
 # ---------------------------------------------------------------------- a run
 class Batches:
+    """What the predictor's last layer might see: a direction for each answer, and noise."""
+
     def batch(self, step):
         rng = np.random.default_rng(step)
         rows = rng.integers(len(CONFIG.answers), size=6)
-        return {"answers": [CONFIG.answers[i] for i in rows],
-                "visual": (np.eye(4)[rows][:, None] + 0.1 * rng.standard_normal((6, 5, 1))).astype(np.float32).repeat(
-                    3, axis=2)}  # fmt: skip
+        pooled = np.eye(16)[rows] + 0.1 * rng.standard_normal((6, 16))
+        return {"answers": [CONFIG.answers[i] for i in rows], "pooled": pooled.astype(np.float32)}
 
 
 def loss_function(trained, batch, rng):
-    query = trained.model.query_tokens(["what is it?"] * len(batch["answers"]))
-    embedding = trained.model.predictor(query, batch["visual"]).embedding
+    embedding = ops.l2_normalize(trained.model.predictor.pred_head(batch["pooled"]))
     loss, metrics = trained.objective(trained.model, embedding, batch["answers"])
     return loss, {"hits": metrics["hits"].mean()}
 
@@ -151,13 +151,14 @@ def run(settings, folder=None, steps=6, stop_at=None, resume=False, lr=3e-3, fac
     trained = training(**settings)
     groups = optim.parameter_groups(trained, 0.01, {"model.y_encoder": factor})
     trainer = Trainer(trained, loss_function, optim.AdamW(groups, lr=lr), schedules.constant(lr), Batches(),
-                      TrainerConfig(steps=steps, log_every=1), folder, after_step=lambda t: t.after_step(), stream=None)
+                      TrainerConfig(steps=steps, log_every=1), folder,
+                      after_step=lambda t: t.after_step(), stream=None)
     trainer.run(resume=resume, stop_at=stop_at)
     return trained
 
 
-@pytest.mark.parametrize("settings", [s for s in SETTINGS if s.get("target") == "ema" or "negatives" in s
-                                      or s.get("loss") == "sigmoid"], ids=str)
+@pytest.mark.parametrize("settings", [{"loss": "sigmoid"}, {"loss": "vicreg", "target": "ema", "steps": 6},
+                                      {"negatives": "bank", "bank_every": 2, "target": "ema", "steps": 6}], ids=str)
 def test_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path):
     whole = run(settings, tmp_path / "whole")
     run(settings, tmp_path / "parts", stop_at=3)
@@ -167,7 +168,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(settings, tmp_path):
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_every_objective_learns(settings):
     start, batch = training(**settings), Batches().batch(99)
-    trained = run(settings, steps=60, lr=1e-2)
+    trained = run(settings, steps=40, lr=3e-2)
 
     def hits(of):
         with xc.no_grad():
@@ -192,25 +193,31 @@ def test_the_rate_of_the_y_encoder_is_multiplied():
 
 # ---------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("settings, message", [
-    ({"loss": "l1"}, "collapses"), ({"loss": "cosine", "target": "ema"}, "collapses"), ({"loss": "triplet"}, "nce, paired"),
-    ({"loss": "sigmoid", "prior_correct": True}, "prior_correct is for nce"), ({"bank_every": 0}, "at least 1"),
-    ({"tau": 1.5}, "tau is 1.5"), ({"uniformity": -1.0}, "uniformity is -1"), ({"negatives": "none"}, "all, bank, batch"),
-])  # fmt: skip
+    ({"loss": "l1"}, "collapses"),
+    ({"loss": "cosine", "target": "ema"}, "collapses"),
+    ({"loss": "triplet"}, "nce, paired"),
+    ({"loss": "sigmoid", "prior_correct": True}, "prior_correct is for nce"),
+    ({"bank_every": 0}, "at least 1"),
+    ({"tau": 1.5}, "tau is 1.5"),
+    ({"uniformity": -1.0}, "uniformity is -1"),
+    ({"negatives": "none"}, "all, bank, batch"),
+])
 def test_what_makes_no_sense_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         ObjectiveConfig(**settings)
 
 
 def test_a_regression_whose_targets_learn_does_collapse():
-    """Why it is refused: without uniformity, online targets end as one point."""
+    """Why it is refused: what cannot be predicted is made equal."""
     settings = ObjectiveConfig(loss="cosine", target="frozen")
     object.__setattr__(settings, "target", "online")
     made = model()
     trained = Training(made, Objective(settings, made))
     optimizer = optim.AdamW(optim.parameter_groups(made), lr=1e-2)
-    for step in range(150):
+    for step in range(40):
         optimizer.zero_grad()
-        loss_function(trained, Batches().batch(step), None)[0].backward()
+        batch = Batches().batch(step)
+        loss_function(trained, {**batch, "pooled": np.ones_like(batch["pooled"])}, None)[0].backward()
         optimizer.step()
     cosines = np.triu(made.answer_bank()[1] @ made.answer_bank()[1].T, 1)
     assert cosines[cosines != 0].mean() > 0.9
