@@ -10,6 +10,7 @@ paper's ablations do; what a part needs of ``in_proj`` goes with it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -150,6 +151,8 @@ class Mamba3(Module):
     mask : (B, L), true for a real token.  Padding, wherever it stands, leaves the state alone and gives 0.
     cu_seqlens : (n + 1,) where packed sequences begin in the one row (B = 1), and its length; the states
         then have n rows.
+    offset : (B, H, P, N), or a row for each packed sequence, that every token reads beside the state:
+        y_t = C_t (h_t + offset), keys not turned (state-offset tuning, arXiv 2503.03499).
 
     >>> mixer = Mamba3(64, d_state=16, headdim=32, rng=np.random.default_rng(0))
     """
@@ -201,14 +204,15 @@ class Mamba3(Module):
             return Mamba3State(*parts)
         return Mamba3ConvState(*parts, Tensor(np.zeros((batch, c.d_conv - 1, c.d_inner + 2 * c.keys), dtype)))
 
-    def forward(self, x, state=None, *, mask=None, cu_seqlens=None):
+    def forward(self, x, state=None, *, mask=None, cu_seqlens=None, offset=None):
         c = self.config
         if x.ndim != 3 or x.shape[-1] != c.d_model:
             raise ShapeError(f"Mamba3: x has shape {x.shape}; expected (B, L, {c.d_model})")
+        mixer = self if offset is None else partial(self, offset=offset)
         if mask is not None:
-            return packed.without_padding(self, x, state, mask, cu_seqlens)
+            return packed.without_padding(mixer, x, state, mask, cu_seqlens)
         if lengths := packed.pieces(x, cu_seqlens):
-            return packed.piecewise(self, x, state, lengths)
+            return packed.piecewise(mixer, x, state, lengths)
         batch, length, _ = x.shape
         z, v, k, q, step, forget, trap, angles = ops.unpack_8(self.in_proj(x), sizes=self._row_counts())
         carried, conv = tuple(state or ())[:4], None
@@ -228,8 +232,23 @@ class Mamba3(Module):
             self.mimo_x if c.is_mimo else None, *carried,
             rotary=c.rotary, radians=c.rope == "standard", cu_seqlens=cu_seqlens,
         )  # fmt: skip
+        if offset is not None:
+            y = y + self._read_offset(q, offset, cu_seqlens)
         after = Mamba3ConvState(*after, conv) if c.d_conv else Mamba3State(*after)
         return self.out_proj(self._gate(y, z)), after
+
+    def _read_offset(self, q, offset, cu_seqlens):
+        """q (B, L, R, G, N) and offset (B, H, P, N) → C_t offset, (B, L, R, H, P)."""
+        c = self.config
+        batch, length, rank, groups, size = q.shape
+        q = q.reshape(batch, length, rank, groups, 1, size)
+        q = q + self._biases()[0].transpose(1, 0, 2).reshape(rank, groups, c.heads // groups, size)
+        q = q.reshape(batch, length, rank, c.heads, size)
+        if cu_seqlens is None:
+            return ops.einsum(q, offset, equation="blrhn,bhpn->blrhp")
+        lengths = np.diff(cu_seqlens)
+        rows = offset[np.repeat(np.arange(len(lengths)), lengths)]
+        return ops.einsum(q[0], rows, equation="lrhn,lhpn->lrhp").reshape(1, length, rank, c.heads, c.headdim)
 
     def _convolve(self, u, state, cu_seqlens):
         before = None if state is None else state[4]

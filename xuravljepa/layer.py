@@ -9,7 +9,7 @@ class Layer(nn.Module):
     """h + mixer(gate(norm h)); without ``gates`` the gate is left out, with ``bidirectional`` there are two mixers.
 
     h (B, L, d_model) and the mixer's state in, both out.  mask (B, L) or None: where False, the state
-    passes by untouched.  modality (L,): the kind of each position, for the gate.
+    passes by untouched.  modality (L,): the kind of each position, for the gate.  offset: of the mixer.
     """
 
     def __init__(self, config, *, rng, gates=False, bidirectional=False):
@@ -25,9 +25,10 @@ class Layer(nn.Module):
             mixer.out_proj.weight.data /= (config.n_layers * len(mixers)) ** 0.5
         self.mixer = Bidirectional(*mixers) if bidirectional else mixers[0]
 
-    def forward(self, h, state=None, mask=None, modality=None):
+    def forward(self, h, state=None, mask=None, modality=None, offset=None):
         z = self.norm(h)
         if self.gate is not None:
             z = self.gate(z, modality, mask)
-        y, state = self.mixer(z, state, mask=mask)
+        more = {} if offset is None else {"offset": offset}
+        y, state = self.mixer(z, state, mask=mask, **more)
         return h + y, state

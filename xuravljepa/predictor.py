@@ -168,11 +168,11 @@ class Predictor(nn.Module):
         tokens = self.read_tokens + bag.reshape(bag.shape[0], 1, bag.shape[1])
         return Segment(tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.READ))
 
-    def run(self, segments, states=None, bias=None, bias_layer=None):
+    def run(self, segments, states=None, bias=None, bias_layer=None, offsets=None):
         """Run a list of Segments through the layers.
 
         states : of what came before.   bias : (B, d), added to the stream after layer ``bias_layer`` (the
-        residual mode of injection).
+        residual mode of injection).   offsets : one a layer, that every token reads beside the state.
         Returns hidden (B, L, d) before the final norm, and one state per layer.
         """
         if self.config.bidirectional:
@@ -188,16 +188,16 @@ class Predictor(nn.Module):
             raise ShapeError(f"bias_layer is {bias_layer}; there are {len(self.layers)} layers")
         after = []
         for index, (layer, state) in enumerate(zip(self.layers, states)):
-            h, state = layer(h, state, mask, modality)
+            h, state = layer(h, state, mask, modality, None if offsets is None else offsets[index])
             if bias is not None and index == bias_layer:
                 h = h + bias.reshape(bias.shape[0], 1, bias.shape[1])
             after.append(state)
         return h, after
 
-    def _answer(self, question, seen, states=None, **bias):
+    def _answer(self, question, seen, states=None, **injected):
         """[seen][query][READ] after ``states`` → Reading."""
         read = self._read(question)
-        h, after = self.run([*seen, question, read], states, **bias)
+        h, after = self.run([*seen, question, read], states, **injected)
         if self.config.bidirectional:
             after = [*(states or []), *seen]
         pooled = self.final_norm(h[:, -self.config.n_read :]).mean(axis=1)
@@ -237,9 +237,14 @@ class Predictor(nn.Module):
         """The words (B, W, P) of a tool's result read after ``states`` → the states after it."""
         return self._take_in([self._query(tool, angn.TOOL)], states)
 
-    def read(self, query, states, bias=None, bias_layer=None):
+    def hear_token(self, token, states):
+        """What a tool said as one token (B, d), read after ``states`` → the states after it."""
+        h = token.reshape(token.shape[0], 1, token.shape[1])
+        return self._take_in([Segment(h, np.ones(h.shape[:2], bool), np.full(1, angn.TOOL))], states)
+
+    def read(self, query, states, bias=None, bias_layer=None, offsets=None):
         """[query][READ] from given states → :class:`Reading`; ``look`` then ``read`` equals ``forward``."""
-        return self._answer(self._query(query), [], states, bias=bias, bias_layer=bias_layer)
+        return self._answer(self._query(query), [], states, bias=bias, bias_layer=bias_layer, offsets=offsets)
 
     def gate_activation(self):
         """(layers, B) mean gate of the last call, or None without gates."""

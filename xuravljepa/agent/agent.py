@@ -24,7 +24,7 @@ from xuravljepa.agent.builtin import KnowledgeBase
 from xuravljepa.agent.confusion import monitor_features
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
-from xuravljepa.agent.injector import state_change
+from xuravljepa.agent.injector import Injection
 from xuravljepa.agent.recursion import Reading, RecursionConfig, RecursionLayer
 from xuravljepa.agent.scene_tools import register_scene_tools
 from xuravljepa.agent.tools import ToolRegistry, ToolResult, Usefulness
@@ -349,7 +349,7 @@ def load_heads(model, directory):
 
 # ---------------------------------------------------------------------- what plugs into the recursion loop
 class _Reader:
-    """Reads one question about one picture; the state is (states, bias, change)."""
+    """Reads one question about one picture; the state is an Injection."""
 
     def __init__(self, model, heads, query, visual):
         self.model, self.query, self.visual = model, query, visual
@@ -359,18 +359,17 @@ class _Reader:
     def read(self, state):
         predictor = self.model.predictor
         if state is None:
-            state = predictor.look(self.query, self.visual), None, 0.0
-        states, bias, change = state
-        reading = predictor.read(self.query, states, bias, self.residual_layer)
+            state = Injection(predictor.look(self.query, self.visual))
+        reading = state.read(predictor, self.query, self.residual_layer)
         cosines = self.model.similarities(reading.embedding)
         gate = predictor.gate_activation()
         answers = self.model.answer_bank()[0]
         order = np.argsort(-cosines[0], kind="stable")
         hidden = {"pooled": reading.pooled.data, "embedding": reading.embedding.data[0], "cosines": cosines,
                   "scale": self.model.scale, "gate": np.full(1, 0.5) if gate is None else gate.mean(axis=0),
-                  "strangeness": self.strangeness, "change": change}
+                  "strangeness": self.strangeness, "change": state.change}
         return Reading(answers[order[0]], tuple((answers[i], float(cosines[0, i])) for i in order[:8]),
-                       (states, bias, change), hidden)
+                       state, hidden)
 
 
 class _Monitor:
@@ -400,15 +399,9 @@ class _Injector:
         self.model, self.injector = model, heads.injector
 
     def inject(self, reading, result):
-        states, bias, _ = reading.state
-        knowledge = self.model.encode_answers([result.text.strip().lower()])
-        if self.injector.config.mode == "residual":
-            bias = self.injector.bias(knowledge)
-            change = float(np.linalg.norm(bias.data) / max(np.linalg.norm(reading.hidden["pooled"]), 1e-12))
-            return (states, bias, change), change
-        if self.injector.config.mode == "token":
-            after = self.model.predictor.hear(self.model.tool_tokens([result.text.strip().lower()]), states)
-        else:
-            after = self.injector(Tensor(knowledge.data), states)
-        change = float(state_change(states, after)[0])
-        return (after, bias, change), change
+        text = result.text.strip().lower()
+        knowledge = self.model.encode_answers([text])
+        after = self.injector.take_in(self.model.predictor, lambda: self.model.tool_tokens([text]),
+                                      Tensor(knowledge.data), reading.state.states)
+        change = float(after.change[0])
+        return after._replace(change=change), change

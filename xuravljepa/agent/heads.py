@@ -32,9 +32,9 @@ class AgentConfig(Config):
 
     @classmethod
     def for_model(cls, config, tools=(), mode="state"):
-        """The sizes that fit a model's configuration; a bidirectional predictor has no states, only tokens."""
+        """The sizes that fit a model's configuration; a bidirectional predictor has no states: it reads the text."""
         p = config.predictor
-        mode = "token" if p.bidirectional and mode == "state" else mode
+        mode = "text" if p.bidirectional and mode == "state" else mode
         return cls(
             monitor=MonitorConfig(read_dim=p.d_model, vision_dim=p.vision_dim),
             injector=InjectorConfig(mode=mode, knowledge_dim=p.embed_dim),

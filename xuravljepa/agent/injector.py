@@ -1,11 +1,18 @@
-"""StateInjector: write a tool's result into the predictor's states, without reading it token by token.
+"""StateInjector: let the predictor know a tool's result without reading it word by word.
 
-Each layer's state S (heads, P, N) receives a write of the same form as a step of the recurrence:
+k is the Y-Encoder's embedding of the result.  How it is taken in is the injector's mode:
+
+    state      once, into the states, before the question is read again (below)
+    offset     at every token: y_t = C_t (h_t + h'), with a constant h' of k (arXiv 2503.03499)
+    residual   at every token: W k is added to the stream after one layer (the earlier design)
+    token      as one more token of the sequence, W k
+    text       nothing is trained: the result is read as text, as the teacher does
+
+In mode "state" each layer's S (heads, P, N) receives a write of the same form as a step of the recurrence:
 
     S' = a ∘ S + Σ_r g_r (X_r k) ⊗ Rot(θ)(B_r k),       a = 2σ(α + A k) per head
 
-k is the Y-Encoder's embedding of the result.  g, α and A start at zero: a is 1, and a new injector changes
-nothing at all.  Mamba-3 keys live in a frame that turns with the cumulative angle θ: the written key is
+g, α and A start at zero: a is 1, and a new injector changes nothing at all.  Mamba-3 keys live in a frame that turns with the cumulative angle θ: the written key is
 turned by the current θ, so that later reads see it as written now.  θ itself and the previous token's key and
 value are left alone.  The change is limited to ``max_change`` times the size of the state (Frobenius norms).
 
@@ -14,6 +21,7 @@ frame of their own θ (``relative``).
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,13 +30,12 @@ from xuracore.config import Config, require, require_positive
 from xuracore.errors import ConfigError, ShapeError
 from xuracore.nn import init
 
-MODES = ("state", "residual", "token")
+MODES = ("state", "offset", "residual", "token", "text")
 
 
 @dataclass(frozen=True)
 class InjectorConfig(Config):
-    """``mode``: "state" as above; "residual" adds W k to the stream after ``residual_layer`` (the earlier
-    design, kept for comparison); "token" reads the result as text (the teacher)."""
+    """``mode``: as above; ``rank``: of a write into a state, or of an offset."""
 
     mode: str = "state"
     knowledge_dim: int = 64
@@ -53,20 +60,26 @@ class LayerWrite(nn.Module):
         self.key = nn.Parameter(init.uniform((config.rank * heads * d_state, k), rng, bound * 2))
         self.key_bias = nn.Parameter(init.normal((config.rank * heads * d_state,), rng, 0.5))
         self.gain = nn.Parameter(init.zeros((config.rank, heads)))
-        self.keep = nn.Parameter(init.zeros((heads, k)))
-        self.keep_bias = nn.Parameter(init.zeros(heads))
+        if config.mode == "state":
+            self.keep = nn.Parameter(init.zeros((heads, k)))
+            self.keep_bias = nn.Parameter(init.zeros(heads))
 
     def forward(self, knowledge, h, theta):
         """knowledge (B, K), h (B, H, P, N), theta (B, H, S) → h' (B, H, P, N)."""
+        batch, heads = knowledge.shape[0], self._shape[1]
+        kept = ops.sigmoid(ops.linear(knowledge, self.keep, self.keep_bias)) * 2.0
+        return h * kept.reshape(batch, heads, 1, 1) + self.write(knowledge, theta)
+
+    def write(self, knowledge, theta=None):
+        """What is added, (B, H, P, N); without theta its keys are not turned."""
         rank, heads, headdim, d_state = self._shape
         batch = knowledge.shape[0]
         x = ops.linear(knowledge, self.value).reshape(batch, rank, heads, headdim)
         b = ops.linear(knowledge, self.key, self.key_bias).reshape(batch, rank, heads, d_state)
-        b = turn(b, theta.reshape(theta.shape[0], 1, *theta.shape[1:]))
+        if theta is not None:
+            b = turn(b, theta.reshape(theta.shape[0], 1, *theta.shape[1:]))
         x = x * self.gain.reshape(1, rank, heads, 1)
-        write = ops.einsum(x, b, equation="brhp,brhn->bhpn")
-        kept = ops.sigmoid(ops.linear(knowledge, self.keep, self.keep_bias)) * 2.0
-        return h * kept.reshape(batch, heads, 1, 1) + write
+        return ops.einsum(x, b, equation="brhp,brhn->bhpn")
 
 
 def turn(x, theta, sign=1.0):
@@ -90,8 +103,25 @@ def relative(h, theta):
     return turn(h, theta.reshape(theta.shape[0], theta.shape[1], 1, theta.shape[2]), -1.0)
 
 
+class Injection(NamedTuple):
+    """A result taken in: what the question is read again from.
+
+    states : of the predictor.   bias : (B, d_model) or None.   offsets : one a layer, or None.
+    change : (B,) ‖ΔS‖ / ‖S‖, or the same of what stands for the states in the mode.
+    """
+
+    states: list
+    bias: object = None
+    offsets: object = None
+    change: object = 0.0
+
+    def read(self, predictor, query, residual_layer=0):
+        """The question's words (B, W, P) read from here → ``predictor.Reading``."""
+        return predictor.read(query, self.states, self.bias, residual_layer, self.offsets)
+
+
 class StateInjector(nn.Module):
-    """One write per layer of a predictor, or one bias of its stream in the residual mode."""
+    """The injector of a predictor of these sizes; see the module's text."""
 
     def __init__(self, config, predictor_config, *, rng=None):
         rng = np.random.default_rng(0) if rng is None else rng
@@ -99,22 +129,21 @@ class StateInjector(nn.Module):
         p = predictor_config
         require(config.residual_layer < p.n_layers,
                 f"residual_layer is {config.residual_layer}; the predictor has {p.n_layers} layers")
-        require(config.mode != "state" or not p.bidirectional,
-                "a bidirectional predictor has no states to write into; use mode 'token' or 'residual'")
-        if config.mode == "residual":
+        require(config.mode not in ("state", "offset") or not p.bidirectional,
+                "a bidirectional predictor has no states to write into; use mode 'text', 'token' or 'residual'")
+        if config.mode in ("residual", "token"):
             self.projection = nn.Linear(config.knowledge_dim, p.d_model, rng=rng)
-            self.projection.weight.data[:] = 0
-        else:
+            if config.mode == "residual":
+                self.projection.weight.data[:] = 0
+        elif config.mode != "text":
             heads = p.expand * p.d_model // p.headdim
             self.writes = nn.ModuleList(
                 LayerWrite(config, heads, p.headdim, p.d_state, rng=rng) for _ in range(p.n_layers))
 
     def forward(self, knowledge, states):
-        """knowledge (B, K) → the states with the write in them.  ConfigError in the residual mode."""
-        if self.config.mode == "residual":
-            raise ConfigError("an injector in mode 'residual' writes into no state; add its bias(knowledge)")
-        if len(states) != len(self.writes):
-            raise ShapeError(f"there are {len(states)} states for {len(self.writes)} layers")
+        """knowledge (B, K) → the states with the write in them.  ConfigError in the modes without one."""
+        self._check("state", "writes into no state; use take_in")
+        self._check_count(states)
         after = []
         for write, state in zip(self.writes, states):
             h = write(knowledge, state.h, state.theta)
@@ -123,9 +152,39 @@ class StateInjector(nn.Module):
 
     def bias(self, knowledge):
         """knowledge (B, K) → what the residual mode adds to the stream, (B, d_model)."""
-        if self.config.mode != "residual":
-            raise ConfigError(f"an injector in mode {self.config.mode!r} has no bias; call it with states")
+        self._check("residual", "has no bias; use take_in")
         return self.projection(knowledge)
+
+    def take_in(self, predictor, texts, knowledge, states):
+        """Take results in, in whatever mode → :class:`Injection`.
+
+        texts : () → (B, W, P), called in the mode that reads them.   knowledge : (B, K), what they mean.
+        """
+        mode = self.config.mode
+        if mode == "residual":
+            bias = self.bias(knowledge)
+            return Injection(states, bias=bias, change=_norms(bias) / np.sqrt(bias.shape[-1]))
+        if mode == "offset":
+            self._check_count(states)
+            offsets = [write.write(knowledge) for write in self.writes]
+            total = sum(_squares(offset.data) for offset in offsets)
+            size = sum(_squares(state.h.data) for state in states)
+            return Injection(states, offsets=offsets, change=np.sqrt(total / np.maximum(size, 1e-24)))
+        if mode == "state":
+            after = self(knowledge, states)
+        elif mode == "token":
+            after = predictor.hear_token(self.projection(knowledge), states)
+        else:
+            after = predictor.hear(texts(), states)
+        return Injection(after, change=state_change(states, after))
+
+    def _check(self, mode, otherwise):
+        if self.config.mode != mode:
+            raise ConfigError(f"an injector in mode {self.config.mode!r} {otherwise}")
+
+    def _check_count(self, states):
+        if len(states) != len(self.writes):
+            raise ShapeError(f"there are {len(states)} states for {len(self.writes)} layers")
 
 
 def _limited(before, after, limit):
@@ -140,6 +199,11 @@ def _limited(before, after, limit):
         return after
     factor = factor.astype(before.dtype).reshape(-1, 1, 1, 1)
     return after * factor + before * (1 - factor)
+
+
+def _norms(x):
+    """(B,) lengths of x (B, d)."""
+    return np.sqrt(_squares(x.data))
 
 
 def _squares(h):

@@ -45,7 +45,7 @@ def heads_of(model, doubt):
     heads = AgentHeads(config, model.config.predictor, rng=np.random.default_rng(1))
     heads.monitor.output.weight.data[:] = 0
     heads.monitor.output.bias.data[:] = doubt
-    for write in heads.injector.writes:
+    for write in getattr(heads.injector, "writes", ()):
         write.gain.data[:] = 0.3
     return heads
 

@@ -13,9 +13,10 @@ from xuracore.errors import ConfigError, ShapeError
 from xuramamba.mamba3 import Mamba3, Mamba3State
 from xuramamba.rotary import half_order, rotate
 from xuravljepa.agent.injector import (
-    InjectorConfig, LayerWrite, StateInjector, injection_loss, relative, state_change, turn,
+    MODES, InjectorConfig, LayerWrite, StateInjector, injection_loss, relative, state_change, turn,
 )
-from xuravljepa.predictor import PredictorConfig
+from xuravljepa.predictor import Predictor, PredictorConfig
+from xuravljepa.tokenizer import PAD, WORD_BYTES, ByteTokenizer
 
 PREDICTOR = PredictorConfig(d_model=8, n_layers=3, d_state=8, headdim=4, vision_dim=8, query_dim=8)
 CONFIG = InjectorConfig(knowledge_dim=6, rank=2)
@@ -232,10 +233,81 @@ def test_an_injector_learns_a_state_difference():
     assert losses[0] == pytest.approx(1, rel=1e-3) and losses[-1] < 0.7
 
 
+# ---------------------------------------------------------------------- the modes
+def small_predictor():
+    return Predictor(PREDICTOR.replace(embed_dim=6, n_visual=5), rng=np.random.default_rng(0))
+
+
+def seen(predictor, texts=("how many circles?", "is there a red square here?")):
+    rows = [ByteTokenizer().words(text) for text in texts]
+    query = np.full((len(rows), max(map(len, rows)), WORD_BYTES), PAD, np.int64)
+    for row, page in zip(rows, query):
+        page[: len(row)] = row
+    visual = np.random.default_rng(1).standard_normal((len(rows), 5, 8)).astype(np.float32)
+    return query, predictor.look(query, visual)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_each_mode_takes_in_what_is_said(mode):
+    """A sample's reading is its own, whatever the batch; the change is measured; gradients reach the injector."""
+    predictor = small_predictor()
+    query, before = seen(predictor)
+    injector = StateInjector(CONFIG.replace(mode=mode), PREDICTOR)
+    rng = np.random.default_rng(2)
+    for parameter in injector.parameters():
+        parameter.data[...] = rng.standard_normal(parameter.shape)
+    k, words = knowledge(), query[:, :1]
+    injection = injector.take_in(predictor, lambda: words, k, before)
+    reading = injection.read(predictor, query)
+    assert (injection.change > 0).all() and injection.change.shape == (2,)
+    assert np.abs(reading.embedding.data - predictor.read(query, before).embedding.data).max() > 1e-3
+    for i in range(2):
+        own = [type(state)(*(part[i : i + 1] for part in state)) for state in before]
+        length = int((query[i, :, 0] != PAD).sum())
+        alone = injector.take_in(predictor, lambda i=i: words[i : i + 1], k[i : i + 1], own)
+        found = alone.read(predictor, query[i : i + 1, :length])
+        np.testing.assert_allclose(found.embedding.data[0], reading.embedding.data[i], atol=1e-5)
+        np.testing.assert_allclose(alone.change, injection.change[i : i + 1], rtol=1e-5)
+    (reading.embedding * reading.embedding.data[::-1]).sum().backward()
+    assert all(np.any(parameter.grad) for parameter in injector.parameters())
+    assert (mode == "text") == (not list(injector.parameters()))
+
+
+@pytest.mark.parametrize("mode", ["offset", "residual"])
+def test_a_new_injector_of_these_modes_changes_nothing(mode):
+    predictor = small_predictor()
+    query, before = seen(predictor)
+    injection = StateInjector(CONFIG.replace(mode=mode), PREDICTOR).take_in(predictor, None, knowledge(), before)
+    np.testing.assert_array_equal(injection.change, 0)
+    np.testing.assert_array_equal(injection.read(predictor, query).embedding.data,
+                                  predictor.read(query, before).embedding.data)
+
+
+def test_an_offset_is_read_by_every_token():
+    """y_t = C_t (h_t + h'): what it adds is C_t h' before gate and projection, whatever the state and the time."""
+    rng = np.random.default_rng(0)
+    mixer = Mamba3(8, d_state=8, headdim=4, rng=rng)
+    x = xc.Tensor(rng.standard_normal((2, 5, 8)).astype(np.float32))
+    offset = xc.Tensor(rng.standard_normal((2, 4, 4, 8)).astype(np.float32))
+    z, _, _, c, *_ = np.split(x.data @ mixer.in_proj.weight.data.T, np.cumsum(mixer._row_counts())[:-1], axis=-1)
+    c = c / np.sqrt(np.square(c).mean(axis=-1, keepdims=True) + 1e-5)  # a fresh C_norm has weights of one
+    c = c[:, :, None] + mixer.C_bias.data[:, 0]
+    added = np.einsum("blhn,bhpn->blhp", c, offset.data).reshape(2, 5, 16) * (z / (1 + np.exp(-z)))
+    plain, state = mixer(x)
+    given, after = mixer(x, offset=offset)
+    np.testing.assert_allclose((given - plain).data, added @ mixer.out_proj.weight.data.T, atol=2e-5)
+    for part, same in zip(after, state):
+        np.testing.assert_array_equal(part.data, same.data)
+    mask = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 1, 0]], bool)
+    masked = mixer(x, mask=mask, offset=offset)[0].data
+    np.testing.assert_allclose(masked[0], given.data[0], atol=2e-5)
+    np.testing.assert_allclose(masked[1, 1:4], mixer(x[1:, 1:4], offset=offset[1:])[0].data[0], atol=2e-5)
+
+
 # ---------------------------------------------------------------------- refusals
 def test_nonsense_is_refused():
     for changes, message in (
-        ({"mode": "telepathy"}, "choose one of state, residual, token"),
+        ({"mode": "telepathy"}, "choose one of state, offset, residual, token, text"),
         ({"rank": 0}, "rank is 0"),
         ({"max_change": 0.0}, "max_change is 0.0"),
         ({"residual_layer": -1}, "residual_layer is -1"),
