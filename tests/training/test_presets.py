@@ -1,0 +1,40 @@
+"""The larger presets train, from their pictures to their answers."""
+
+import numpy as np
+import pytest
+
+from training import optim
+from training.data.dataset import Dataset
+from training.phases import jepa
+from training.phases.common import FeatureStore
+from training.phases.objective import Objective, ObjectiveConfig, Training
+from xuravljepa.model import VLJEPA
+from xuravljepa.presets import VLJEPAConfig
+
+
+def shorter(name, image_size=32):
+    """A preset with all its widths and depths, on smaller pictures."""
+    config = VLJEPAConfig.preset(name)
+    vision = config.vision.replace(image_size=image_size)
+    return config.replace(vision=vision, predictor=config.predictor.replace(n_visual=vision.n_tokens))
+
+
+@pytest.mark.parametrize("name", ["small", pytest.param("base", marks=pytest.mark.slow)])
+def test_a_larger_preset_learns_a_batch(name):
+    rows = Dataset.scenes("train", 2, types=("shape", "existence")).rows
+    model = VLJEPA(shorter(name).replace(answers=("circle", "no", "square", "triangle", "yes")))
+    model.x_encoder.requires_grad_(False)
+    model.y_decoder.requires_grad_(False)
+    features = FeatureStore(model, rows)
+    model.predictor.fit_vision(features.tokens)
+    training = Training(model, Objective(ObjectiveConfig(), model))
+    batch = jepa.QuestionBatches(model, rows, features, batch_size=2, turns=2).batch(0)
+    optimizer, loss_function, losses = optim.AdamW(optim.parameter_groups(training), lr=3e-4), jepa.answer_loss(), []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss, _ = loss_function(training, batch, None)
+        loss.backward()
+        optimizer.step()
+        training.after_step()
+        losses.append(loss.item())
+    assert np.isfinite(losses).all() and losses[1] < 0.8 * losses[0]
