@@ -18,21 +18,18 @@ fast-math limited to contraction into FMA: NaN and Inf stay visible.  ``REDUCE``
 plain sum be reassociated, for loops that are nothing but a sum.
 
 Threads.  A kernel is compiled once, as a function of one part of its ``prange`` loop.  Much work runs as
-several parts on Python threads without the GIL (:func:`threads.run`), which costs what an OpenMP region
-costs, and survives forks, nesting and concurrent callers.  Numba's parallel build compiles three to four
-times longer and survives none; only a kernel of several such loops has one, for one caller at a time.
+several parts on Python threads without the GIL (:mod:`xuracore.crew`, :func:`threads.run`), which costs less than
+an OpenMP region, and survives forks, nesting and concurrent callers.  Numba's parallel build compiles three
+to four times longer and survives none.
 
 ``NUMBA_DISABLE_JIT=1`` runs the loops as plain Python, for coverage and debuggers.
 """
 
-import ast
 import contextlib
-import dis
 import functools
 import hashlib
 import inspect
 import os
-import textwrap
 import threading
 import time
 import types
@@ -41,8 +38,9 @@ from pathlib import Path
 
 import numpy as np
 
-from xuracore import threads
+from xuracore import crew, threads
 from xuracore.errors import ConfigError, DTypeError, ShapeError
+from xuracore.rewrite import function_like, function_of, globals_read, of_one_part
 
 FMA = frozenset({"contract"})
 REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
@@ -87,13 +85,6 @@ def backend():
     return "numba"
 
 
-# Explicit loops only: a small array expression in a kernel should not become a parallel region of its own.
-_PRANGE_ONLY = {
-    "prange": True, "comprehension": False, "reduction": False, "inplace_binop": False, "setitem": False,
-    "numpy": False, "stencil": False, "fusion": False,
-}  # fmt: skip
-
-
 @functools.cache
 def _numba():
     threads.prepare_environment()
@@ -118,7 +109,7 @@ def _digest(function):
         if isinstance(value, types.FunctionType):
             if value not in seen:
                 seen[value] = len(seen)
-                read = sorted(_globals_read(value) & value.__globals__.keys())
+                read = sorted(globals_read(value) & value.__globals__.keys())
                 seen[value] = len(seen), describe(value.__code__), value.__defaults__, [
                     (name, describe(value.__globals__[name])) for name in read
                 ]
@@ -202,10 +193,9 @@ def _warn_of_cache(error):
 def prange(count):
     """``range`` over independent iterations, which several threads may share.
 
-    A kernel with ``parallel=True`` has best one such loop, as its last statement; what stands before it is
-    done by each thread and so must not write into arrays.  A kernel of another form works, but is built
-    twice, the second time by Numba.  The index may be unsigned: convert it with ``np.int64`` before
-    calculating with it.
+    A kernel with ``parallel=True`` has one such loop, as its last statement; what stands before it is done by
+    each thread and so must not write into arrays.  The index may be unsigned: convert it with ``np.int64``
+    before calculating with it.
     """
     return range(count)
 
@@ -333,7 +323,7 @@ def _allocates(function):
     """Whether ``function`` or what it calls makes arrays: only then must references be counted."""
     if _ALLOCATORS & set(function.__code__.co_names):
         return True
-    called = (function.__globals__.get(name) for name in _globals_read(function))
+    called = (function.__globals__.get(name) for name in globals_read(function))
     forms = [form for each in called if isinstance(each, device) for form in each.forms()]
     return any(form is not function and _allocates(form) for form in forms)
 
@@ -344,63 +334,20 @@ def _first(count, part, parts):
     return np.uint64(count) * np.uint64(part) // np.uint64(parts)
 
 
-def _with_compiled_globals(python, parallel=False):
+def _with_compiled_globals(python):
     """A copy of ``python`` whose globals hold what Numba can compile.
 
     Device functions become dispatchers; the module's own globals stay plain Python, so that importing
     a kernel file never imports Numba.
     """
     scope = dict(python.__globals__)
-    for name in _globals_read(python):
+    for name in globals_read(python):
         value = scope.get(name)
         if isinstance(value, device):
             scope[name] = value.compiled()
         elif value is prange:
-            scope[name] = _numba().prange if parallel else range
-    return _function_like(python, python.__code__, scope)
-
-
-def _function_like(python, code, scope):
-    function = types.FunctionType(code, scope, python.__name__, python.__defaults__)
-    function.__module__, function.__qualname__ = python.__module__, python.__qualname__
-    return function
-
-
-def _globals_read(python):
-    """Names of the globals a function loads (``co_names`` would also list attributes: ``math.exp``)."""
-    return {step.argval for step in dis.get_instructions(python) if step.opname == "LOAD_GLOBAL"}
-
-
-def of_one_part(python):
-    """``python`` with two more parameters in front, ``_part`` and ``_parts``: its prange loop does that part.
-
-    None if there is not exactly one prange loop, last in the body, or if something before it writes into
-    an array or calls what might.
-    """
-    function = ast.parse(textwrap.dedent(inspect.getsource(python))).body[0]
-    ast.increment_lineno(function, python.__code__.co_firstlineno - 1)
-    *before, loop = function.body
-    loops = [node for node in ast.walk(function) if isinstance(node, ast.Name) and node.id == "prange"]
-    head = getattr(loop, "iter", None)
-    if len(loops) != 1 or not isinstance(head, ast.Call) or head.func is not loops[0] or len(head.args) != 1:
-        return None
-    for node in (node for statement in before for node in ast.walk(statement)):
-        called = isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)
-        if called or isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-            return None
-    function.args.args[:0] = [ast.arg("_part"), ast.arg("_parts")]
-    function.decorator_list = []
-    bounds = "range(_first(_count, _part, _parts), _first(_count, _part + 1, _parts))"
-    count = ast.Assign([ast.Name("_count", ast.Store())], head.args[0])
-    function.body[-1:] = [count, loop]
-    loop.iter = ast.parse(bounds, mode="eval").body
-    for node in (count, function.args, loop.iter):
-        for inner in ast.walk(node):
-            inner.lineno = inner.end_lineno = loop.lineno
-            inner.col_offset = inner.end_col_offset = 0
-    module = compile(ast.Module([function], []), python.__code__.co_filename, "exec")
-    code = next(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
-    return _function_like(python, code, python.__globals__ | {"_first": _first})
+            scope[name] = range
+    return function_like(python, python.__code__, scope)
 
 
 class Kernel:
@@ -410,7 +357,8 @@ class Kernel:
         functools.update_wrapper(self, python)
         self.python, self.twin = python, twin
         self.parallel, self.fastmath = parallel, fastmath
-        self._compiled = self._serial = self._regions = None
+        self._compiled = self._serial = None
+        self.addresses = {}  # of the builds, by the kinds of their arguments
         KERNELS.append(self)
 
     def __call__(self, *arguments):
@@ -428,23 +376,13 @@ class Kernel:
 
     def in_parts(self, parts):
         """The function that runs as ``parts`` parts, each on its own thread; same results for any number."""
-        serial = self._serial or self._built_serial()
         if backend() != "numba" or not self.parallel:
-            return serial
-        if self._takes_part():
-            return functools.partial(_in_parts, self.compiled(), parts)
-        return functools.partial(_in_regions, self._built_regions(), serial, parts)
+            return self._serial or self._built_serial()
+        return functools.partial(_shared, self, parts, -1)
 
-    @functools.cache
-    def _takes_part(self):
-        return self.parallel and of_one_part(self.python) is not None
-
-    def _built_regions(self):
-        if self._regions is None:
-            with _compile_lock:
-                if self._regions is None:
-                    self._regions = _jit(self.python, self.fastmath, regions=True)
-        return self._regions
+    def in_runs(self, runs, tasks):
+        """The function that does ``tasks`` as ``runs`` runs, each on its own thread, for :meth:`split`."""
+        return functools.partial(_shared, self, runs, tasks)
 
     def split(self, tasks, work):
         """The function to call for a kernel over ``range(start, stop)`` of ``tasks`` independent tasks.
@@ -459,28 +397,37 @@ class Kernel:
         runs = max(1, min(tasks, threads.get_num_threads())) if parallel else 1
         if runs == 1:
             return functools.partial(self.compiled(), 0, tasks)
-        return functools.partial(_in_runs, self.compiled(), tasks, runs)
+        return self.in_runs(runs, tasks)
 
     def _built_serial(self):
         if backend() == "numpy":
             self._serial = self.twin
-        elif backend() == "numba" and self._takes_part():
+        elif backend() == "numba" and self.parallel:
             self._serial = functools.partial(self.compiled(), 0, 1)
         else:
             self._serial = self.compiled()
         return self._serial
 
+    def one_part(self):
+        """The loops as a function of one part, or as they are where the kernel is not parallel."""
+        if not self.parallel:
+            return self.python
+        part = of_one_part(self.python, _first)
+        if part is None:
+            raise ConfigError(f"kernel {self.__name__}: parallel=True needs one prange loop, as the last statement, "
+                              "and nothing before it that writes into an array")
+        return part
+
     def compiled(self):
         """The Numba dispatcher, built on first use; the plain function with ``NUMBA_DISABLE_JIT=1``.
 
-        A kernel that ends in its one prange loop takes two more arguments in front.
+        That of a parallel kernel takes two more arguments in front.
         """
         if self._compiled is None:
             with _compile_lock:
                 if self._compiled is None:
-                    part = of_one_part(self.python) if self._takes_part() else self.python
                     plain = backend() == "python"
-                    self._compiled = _plain(self.python) if plain else _jit(part, self.fastmath)
+                    self._compiled = _plain(self.python) if plain else _jit(self.one_part(), self.fastmath)
         return self._compiled
 
 
@@ -496,48 +443,83 @@ def _plain(python):
     return call
 
 
-def _in_parts(call, parts, *arguments):
-    """``call(part, parts, *arguments)`` for each part, each on its own thread."""
-    threads.run([(call, part, parts, *arguments) for part in range(parts)])
+def _shared(kernel, parts, tasks, *arguments):
+    """``kernel`` in ``parts`` calls on as many threads, each of (part, parts) or of (start, stop) of ``tasks``."""
+    kinds = tuple([(type(a), a.dtype, a.ndim) if isinstance(a, np.ndarray) else type(a) for a in arguments])
+    address = kernel.addresses.get(kinds)
+    if address:
+        launch = _launcher(len(arguments))
+        outcome = crew.ALONE
+        with contextlib.suppress(ShapeError, DTypeError):  # for strides and the like: said below, in the kernel's name
+            outcome = launch(address, threads.boxes(), threads.workers(), parts, tasks, *arguments)
+        if outcome == crew.SHARED:
+            return
+        if outcome == crew.BROKEN:
+            raise MemoryError(f"kernel {kernel.__name__} failed, probably for want of memory")
+    call = kernel.compiled()
+    threads.run([(call, *pair, *arguments) for pair in _bounds(parts, tasks)])
+    if address is None and backend() == "numba":
+        kernel.addresses[kinds] = _address(call, arguments)
 
 
-def _in_runs(call, tasks, runs, *arguments):
-    """``call(start, stop, *arguments)`` for ``runs`` equal parts of ``tasks``, each on its own thread."""
-    bounds = [tasks * i // runs for i in range(runs + 1)]
-    threads.run([(call, start, stop, *arguments) for start, stop in zip(bounds, bounds[1:])])
+def _bounds(parts, tasks):
+    if tasks < 0:
+        return [(part, parts) for part in range(parts)]
+    return [(tasks * part // parts, tasks * (part + 1) // parts) for part in range(parts)]
 
 
-_regions_lock = threading.Lock()
+def _address(dispatcher, arguments):
+    """Where the build of a kernel for ``arguments`` lies in memory, or 0 if it cannot be called from there."""
+    numba = _numba()
+    if numba.config.BOUNDSCHECK or any(isinstance(a, np.ndarray) and not a.flags.aligned for a in arguments):
+        return 0
+    index = numba.core.types.int64
+    build = dispatcher.overloads.get((index, index, *map(numba.typeof, arguments)))
+    threads.watch_with(_crew()[0])
+    return build.library.get_pointer_to_function(build.fndesc.llvm_func_name) if build else 0
 
 
-def _in_regions(call, serial, count, *arguments):
-    """Numba's parallel build, or the serial one where its threads are busy or did not survive a fork.
-
-    Not every layer of Numba's threads bears two callers.
-    """
-    if threads.is_forked() or not _regions_lock.acquire(blocking=False):
-        return serial(*arguments)
-    try:
+@functools.cache
+def _crew():
+    """(watch, share), compiled."""
+    with _compile_lock:
         numba = _numba()
-        numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
-        return call(*arguments)
-    finally:
-        _regions_lock.release()
+        from llvmlite import ir
+
+        return tuple(_dispatcher(form, _OPTIONS, _crew_source()) for form in crew.build(numba, ir))
 
 
-def _jit(python, fastmath, regions=False):
-    digest = "-".join([_digest(python), *sorted(fastmath), *["regions"] * regions])
-    options = _OPTIONS | {"fastmath": set(fastmath)}
-    options["_nrt"] = _allocates(python)
-    if regions:
-        options |= {"parallel": _PRANGE_ONLY, "_nrt": True, "no_cfunc_wrapper": False}
-    function = _with_compiled_globals(python, parallel=regions)
+@functools.cache
+def _launcher(count):
+    """launch(kernel address, boxes, workers, parts, tasks, ``count`` arguments): see :mod:`xuracore.crew`."""
+    with _compile_lock:
+        numba = _numba()
+        from llvmlite import ir
+
+        names = "".join(f"a{i}, " for i in range(count))
+        source = f"def launch_{count}(kernel, boxes, workers, parts, tasks, {names}):\n"
+        source += f"    return share(lay_down(kernel, parts, tasks, ({names})), boxes, workers)\n"
+        scope = {"share": _crew()[1], "lay_down": crew.lay_down(numba, ir), "__name__": crew.__name__}
+        return _dispatcher(function_of(source, crew.__file__, scope), _OPTIONS | {"_nrt": False}, _crew_source())
+
+
+@functools.cache
+def _crew_source():
+    return hashlib.sha256(Path(crew.__file__).read_bytes()).hexdigest()[:16] + _own_source()[:16]
+
+
+def _jit(python, fastmath):
+    options = _OPTIONS | {"fastmath": set(fastmath), "_nrt": _allocates(python)}
+    return _dispatcher(_with_compiled_globals(python), options, "-".join([_digest(python), *sorted(fastmath)]))
+
+
+def _dispatcher(function, options, digest):
     dispatcher = _numba().njit(**options)(function)
     try:
         dispatcher._cache = _cache(function, digest)
     except RuntimeError as error:  # nothing writable: run without a cache rather than not at all
         _warn_of_cache(error)
-    return _guarded(dispatcher, python.__name__)
+    return _guarded(dispatcher, function.__name__)
 
 
 def _guarded(dispatcher, name):
@@ -574,7 +556,7 @@ def assembly(kernel, signature):
     """The assembly of one build of ``kernel``, compiled again: what comes from the cache has none."""
     if backend() != "numba":
         return None
-    part = of_one_part(kernel.python) if kernel._takes_part() else kernel.python
+    part = kernel.one_part()
     options = _OPTIONS | {"fastmath": set(kernel.fastmath), "_nrt": _allocates(part)}
     dispatcher = _numba().njit(**options)(_with_compiled_globals(part))
     dispatcher.compile(signature)

@@ -15,6 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
+from xuracore.crew import BOX_WORDS, LEAVE, WATCHING
 from xuracore.errors import ConfigError
 
 _forked = False
@@ -22,16 +23,14 @@ _threads = None  # chosen by set_num_threads; None until then
 
 
 def prepare_environment():
-    """Set what must be set before Numba loads its OpenMP layer, in case a kernel or the user needs it.
+    """Set what must be set before Numba loads, in case a user's own function starts its OpenMP threads.
 
     GNU OpenMP workers spin after each parallel region and so take the core that BLAS needs next;
-    ``OMP_WAIT_POLICY=passive`` makes them sleep.  Waking one takes 30 µs and more, too much between the two
-    halves of a decoding step, so ``GOMP_SPINCOUNT`` first lets them look round for some 100 µs.  What the user
-    set stays; ``XURA_NO_ENV=1`` leaves the environment alone.
+    ``OMP_WAIT_POLICY=passive`` makes them sleep.  What the user set stays; ``XURA_NO_ENV=1`` leaves the
+    environment alone.
     """
-    if os.environ.get("XURA_NO_ENV", "") != "1" and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ["OMP_WAIT_POLICY"] = "passive"
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    if os.environ.get("XURA_NO_ENV", "") != "1":
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def is_forked():
@@ -110,7 +109,8 @@ def parallel_allowed():
 def run(calls):
     """Make ``calls``, each (function, arguments …), at the same time; the first one in the calling thread.
 
-    For functions that release the GIL.  Handing over costs some 10 µs a call.  Returns when all have ended;
+    For functions that release the GIL.  Handing over costs some 10 µs a call (:mod:`xuracore.crew` does it for
+    less).  Returns when all have ended;
     then raises the error of the first that failed.  Calls made from within one are made in turn.
     """
     others = [_Job(call) for call in calls[1:]]
@@ -118,6 +118,8 @@ def run(calls):
         _start_workers(len(others))
         for job in others:
             _jobs.put(job)
+        for box in range(_workers):
+            _boxes[box * BOX_WORDS + LEAVE // 8] = 1
     first = _Job(calls[0])
     first.do()
     for job in others:
@@ -148,23 +150,48 @@ class _Job:
 
 
 _jobs, _workers, _workers_lock = queue.SimpleQueue(), 0, threading.Lock()
+_boxes, _watch = None, None  # of the workers, and what they do with them
 _this_thread = threading.local()  # has the attribute ``works`` in the threads that run() hands calls to
 
 
 def _start_workers(wanted):
-    global _workers
+    global _workers, _boxes
     if _workers >= wanted:
         return
     with _workers_lock:
+        _boxes = _boxes or (ctypes.c_int64 * (BOX_WORDS * available_cpus()))()
         while _workers < min(wanted, available_cpus()):
-            threading.Thread(target=_work, args=(_jobs,), name=f"xura-{_workers}", daemon=True).start()
+            arguments = _jobs, _boxes, _workers
+            threading.Thread(target=_work, args=arguments, name=f"xura-{_workers}", daemon=True).start()
             _workers += 1
 
 
-def _work(jobs):
+def _work(jobs, boxes, number):
+    """Do what is asked for; in between look at the box for a while, then sleep."""
     _this_thread.works = True
+    box = number * BOX_WORDS
     while True:
         jobs.get().do()
+        boxes[box + LEAVE // 8] = 0
+        if _watch is not None and jobs.empty():
+            boxes[box] = WATCHING
+            _watch(ctypes.addressof(boxes) + 8 * box)
+
+
+def watch_with(function):
+    """Let workers watch their boxes between jobs with ``function(address of the box)``."""
+    global _watch
+    _watch = function
+
+
+def boxes():
+    """Address of the first worker's box, 0 if there is none."""
+    return ctypes.addressof(_boxes) if _boxes else 0
+
+
+def workers():
+    """How many workers there are."""
+    return _workers
 
 
 _holding, _holding_lock, _blas_before = 0, threading.Lock(), ()  # blocks of one_blas_thread(), and what they set aside
@@ -242,9 +269,9 @@ def _blas_functions():
 
 def _after_fork():
     """A child starts with the forking thread alone: no workers, and nobody who holds these locks."""
-    global _jobs, _workers, _workers_lock, _holding, _holding_lock, _forked
+    global _jobs, _workers, _boxes, _workers_lock, _holding, _holding_lock, _forked
     _forked = True
-    _jobs, _workers = queue.SimpleQueue(), 0
+    _jobs, _workers, _boxes = queue.SimpleQueue(), 0, None
     _workers_lock, _holding_lock, _holding = threading.Lock(), threading.Lock(), 0  # those who held it are not here
 
 

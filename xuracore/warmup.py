@@ -40,33 +40,50 @@ def _gemv():
     return _single(32, 8), _NO_SCALES, _single(32), _single(1, 8), 1, _single(1, 32)
 
 
-def _mamba1_step():
-    width, inner, size, rank = 8, 32, 2, 1
+def _mamba1(batch=1, width=8, inner=32, size=2, rank=1, tasks=1):
+    """Arguments of mamba1_project and of mamba1_scan."""
     mixed = rank + 2 * size
-    return (
-        _single(1, width), _single(width), 1e-5, _single(2 * inner, width), _NO_SCALES, _single(2 * inner),
-        _single(inner, 4), _single(inner), _single(mixed, inner), _NO_SCALES, _single(inner, rank), _NO_SCALES,
-        _single(inner), _single(inner, size), _single(inner), _single(width, inner), _NO_SCALES, _single(width),
-        -1.0, 1, _single(1, 3, inner), _single(1, inner, size), _single(1, 3, inner), _single(1, inner, size),
+    gate, u = _single(batch, inner), _single(batch, inner)
+    project = (
+        _single(batch, width), _single(width), 1e-5, _single(2 * inner, width), _NO_SCALES, _single(2 * inner),
+        _single(inner, 4), _single(inner), _single(mixed, inner), _NO_SCALES, _single(batch, 3, inner),
+        _single(batch, 3, inner), gate, u, _single(tasks, batch, mixed),
     )  # fmt: skip
+    scan = (
+        _single(tasks, batch, mixed), -1.0, _single(inner, rank), _NO_SCALES, _single(inner), _single(inner, size),
+        _single(inner), _single(width, inner), _NO_SCALES, gate, u, _single(batch, inner, size),
+        _single(batch, inner, size), _single(tasks, batch, width),
+    )  # fmt: skip
+    return project, scan
 
 
-def _mamba2_step():
-    width, heads, headdim, size = 8, 2, 16, 4
+def _mamba2(batch=1, width=8, heads=2, headdim=16, size=4, tasks=1):
+    """Arguments of mamba2_project and of mamba2_scan."""
     inner = heads * headdim
     channels = inner + 2 * size
     rows = inner + channels + heads
-    return (
-        _single(1, width), _single(width), 1e-5, _single(rows, width), _NO_SCALES, _single(rows),
-        _single(channels, 4), _single(channels), _single(heads), 0.0, 1.0, _single(heads), _single(heads, 1), 1, 0,
-        _single(inner), 1e-5, _single(width, inner), _NO_SCALES, _single(width), 1, _single(1, 3, channels),
-        _single(1, heads, headdim, size), _single(1, 3, channels), _single(1, heads, headdim, size),
+    gate, u, steps = _single(batch, inner), _single(batch, channels), _single(batch, heads)
+    project = (
+        _single(batch, width), _single(width), 1e-5, _single(rows, width), _NO_SCALES, _single(rows),
+        _single(channels, 4), _single(channels), _single(heads), 0.0, 1.0, _single(batch, 3, channels),
+        _single(batch, 3, channels), gate, u, steps, tasks,
     )  # fmt: skip
+    states = [_single(batch, heads, headdim, size) for _ in range(2)]
+    scan = (
+        u, steps, _single(heads), _single(heads, 1), 1, 0, gate, _single(inner), _single(width, inner), _NO_SCALES,
+        *states, _single(batch, inner), _single(tasks, batch), _single(tasks, batch, width),
+    )  # fmt: skip
+    return project, scan
+
+
+def _finish():
+    return _single(1, 8), _single(8), _single(1, 1, 8), _single(1, 1), 1, 8, 1e-5
 
 
 SAMPLES = {  # of kernels that no op calls
-    "adamw_update": _adamw, "sum_of_squares": _sum_of_squares, "gemv": _gemv, "mamba1_step": _mamba1_step,
-    "mamba2_step": _mamba2_step,
+    "adamw_update": _adamw, "sum_of_squares": _sum_of_squares, "gemv": _gemv,
+    "mamba1_project": lambda: _mamba1()[0], "mamba1_scan": lambda: _mamba1()[1],
+    "mamba2_project": lambda: _mamba2()[0], "mamba2_scan": lambda: _mamba2()[1], "finish": _finish,
 }  # fmt: skip
 
 
@@ -171,7 +188,7 @@ def load_kernels():
     return [kernel.__name__ for kernel in jit.KERNELS]
 
 
-LONGEST = ("mamba2_step", "mamba1_step", "scan", "linear_state", "ssd", "normalize", "softmax")
+LONGEST = ("scan", "linear_state", "ssd", "normalize", "softmax")
 
 
 def _units():

@@ -1,4 +1,4 @@
-"""One token at a time without the tape: each layer is one kernel that reads every weight once.
+"""One token at a time without the tape: each layer is two kernels that read every weight once.
 
 The numbers are those of ``model(token_ids, state)`` within float32 rounding, the states are the same
 named tuples.  Layers that have no such kernel (other mixers, MLPs, other sizes) are called as they are.
@@ -27,7 +27,7 @@ MAMBA2_FIELDS = {
     "norm_before_gate", "norm_eps", "dt_limit", "D_has_hdim", "bias", "conv_bias", "A_init_range", "dt_min",
     "dt_max", "dt_init_floor",
 }  # fmt: skip
-_NO_SCALES = np.empty((0, 0, 0), np.uint16)
+_NO_SCALES, _NO_NORM = np.empty((0, 0, 0), np.uint16), np.empty((0, 0), np.float32)
 
 
 def decoder_of(model):
@@ -91,20 +91,17 @@ def _layer_step(layer):
     """``step(x, state, into) → state`` of a residual block, or None where no kernel fits."""
     if layer._has_mlp or not isinstance(layer.norm, nn.RMSNorm):
         return None
-    arguments = {Mamba1: _mamba1, Mamba2: _mamba2}.get(type(layer.mixer), lambda layer: None)(layer)
-    if arguments is None:
+    found = {Mamba1: _mamba1, Mamba2: _mamba2}.get(type(layer.mixer), lambda layer: None)(layer)
+    if found is None:
         return None
-    kernel, state_type, arguments = arguments
-    if any(isinstance(a, np.ndarray) and a.dtype == np.float64 for a in arguments):
-        return None
-    work = sum(a.size for a in arguments if isinstance(a, np.ndarray))
+    run, state_type = found
 
     def step(x, past, into):
         before = [np.ascontiguousarray(part.data) for part in past]
         after = [np.empty_like(part) for part in before] if into is None else [part.data for part in into]
         if any(one.shape != other.shape for one, other in zip(before, after)):
             after = [np.empty_like(part) for part in before]
-        kernel.sized(work)(x, *arguments, *before, *after)
+        run(x, *before, *after)
         return state_type(*map(Tensor, after))
 
     return step
@@ -125,7 +122,8 @@ def _common(layer):
     conv = mixer.conv1d
     channels, _, size = conv.weight.shape
     bias = np.zeros(channels, np.float32) if conv.bias is None else conv.bias.data
-    if None in matrices:
+    own = [layer.norm.weight, *mixer.parameters()]
+    if None in matrices or any(parameter.dtype == np.float64 for parameter in own):
         return None
     into, out = matrices
     return (layer.norm.weight.data, layer.norm.eps, *into), (conv.weight.data.reshape(channels, size), bias), out
@@ -137,10 +135,21 @@ def _mamba1(layer):
     if not _is_plain(c, MAMBA1_FIELDS) or c.d_inner % PANEL or None in (common, narrow, widen):
         return None
     first, conv, out = common
+    out_weight, out_scales, out_bias = out
     eps, tasks = c.mixer_rms_eps, min(TASKS, c.d_inner // PANEL)
-    return kernels.mamba1_step, Mamba1State, (
-        *first, *conv, *narrow[:2], *widen, mixer.A_log.data, mixer.D.data, *out, -1.0 if eps is None else eps, tasks,
-    )  # fmt: skip
+    project = (*first, *conv, *narrow[:2])
+    scan = (-1.0 if eps is None else eps, *widen, mixer.A_log.data, mixer.D.data, out_weight, out_scales)
+    work = _size(project) + _size(scan)
+
+    def run(x, conv_in, h_in, conv_out, h_out):
+        batch, width = x.shape
+        gate, u = _empty(batch, c.d_inner), _empty(batch, c.d_inner)
+        mixes, parts = _empty(tasks, batch, c.rank + 2 * c.d_state), _empty(tasks, batch, width)
+        kernels.mamba1_project.sized(work)(x, *project, conv_in, conv_out, gate, u, mixes)
+        kernels.mamba1_scan.sized(work)(mixes, *scan, gate, u, h_in, h_out, parts)
+        kernels.finish.sized(0)(x, out_bias, parts, _NO_NORM, 1, 1, 0.0)
+
+    return run, Mamba1State
 
 
 def _mamba2(layer):
@@ -160,8 +169,29 @@ def _mamba2(layer):
         gating = kernels.NORM_THEN_GATE if c.norm_before_gate else kernels.GATE_THEN_NORM
         weight, eps = mixer.norm.weight.data, c.norm_eps
     low, high = c.dt_limit
-    skip = mixer.D.data.reshape(c.heads, -1)
-    return kernels.mamba2_step, Mamba2State, (
-        *first, *conv, mixer.dt_bias.data, float(low), float(min(high, np.finfo(np.float32).max)),
-        mixer.A_log.data, skip, c.ngroups, gating, weight, eps, *out, max(runs) * c.ngroups,
-    )  # fmt: skip
+    out_weight, out_scales, out_bias = out
+    tasks = max(runs) * c.ngroups
+    project = (*first, *conv, mixer.dt_bias.data, float(low), float(min(high, np.finfo(np.float32).max)))
+    scan = (mixer.A_log.data, mixer.D.data.reshape(c.heads, -1), c.ngroups, gating)
+    product = (weight, out_weight, out_scales)
+    work = _size(project) + _size(product)
+    channels = c.d_inner + 2 * c.ngroups * c.d_state
+
+    def run(x, conv_in, h_in, conv_out, h_out):
+        batch, width = x.shape
+        gate, u, steps = _empty(batch, c.d_inner), _empty(batch, channels), _empty(batch, c.heads)
+        y, squares, parts = _empty(batch, c.d_inner), _empty(tasks, batch), _empty(tasks, batch, width)
+        kernels.mamba2_project.sized(work)(x, *project, conv_in, conv_out, gate, u, steps, tasks)
+        kernels.mamba2_scan.sized(work)(u, steps, *scan, gate, *product, h_in, h_out, y, squares, parts)
+        norm = squares if gating != kernels.GATE_ONLY else _NO_NORM
+        kernels.finish.sized(0)(x, out_bias, parts, norm, c.ngroups, c.d_inner // c.ngroups, eps)
+
+    return run, Mamba2State
+
+
+def _empty(*shape):
+    return np.empty(shape, np.float32)
+
+
+def _size(arguments):
+    return sum(a.size for a in arguments if isinstance(a, np.ndarray))

@@ -33,8 +33,7 @@ def test_every_task_is_done(count, work):
 
 @pytest.mark.parametrize("runs", [1, 2, 3, 5])
 def test_the_runs_cover_the_tasks_once_and_in_order(runs):
-    seen = []
-    jit._in_runs(lambda start, stop: seen.append(range(start, stop)), 11, runs)
+    seen = [range(start, stop) for start, stop in jit._bounds(runs, 11)]
     assert sorted(i for part in seen for i in part) == list(range(11))
     assert max(map(len, seen)) - min(map(len, seen)) <= 1
 
@@ -49,7 +48,7 @@ def test_an_error_in_any_run_is_raised_after_all_have_ended(failing):
         ended.append(start)
 
     with pytest.raises(ValueError, match="this run fails"):
-        jit._in_runs(call, 3, 3)
+        threads.run([(call, i, i + 1) for i in range(3)])
     assert sorted(ended) == sorted({0, 1, 2} - {failing})
 
 

@@ -15,7 +15,7 @@ def call(kernel, tasks, runs):
     """What to call: the twin (runs = 0), or the kernel with its tasks cut into runs."""
     if runs == 0 or jit.backend() == "numpy":
         return kernel.twin
-    return functools.partial(jit._in_runs, kernel.compiled(), tasks, min(runs, tasks))
+    return kernel.in_runs(min(runs, tasks), tasks)
 
 
 def scan(seed, batch, length, features, size, channels, low_rank, block, runs):

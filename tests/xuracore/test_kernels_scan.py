@@ -1,6 +1,5 @@
 """Every scan kernel does what its NumPy twin does, whatever the shapes, and the same on each run."""
 
-import functools
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ def _call(kernel, tasks, runs):
     """What to call: the twin (runs = 0), or the kernel with its tasks cut into runs."""
     if runs == 0 or jit.backend() == "numpy":
         return kernel.twin
-    return functools.partial(jit._in_runs, kernel.compiled(), tasks, min(runs, tasks))
+    return kernel.in_runs(min(runs, tasks), tasks)
 
 
 def _selective_inputs(rng, lengths, groups, per_group, size, gated, dtype, pair=()):

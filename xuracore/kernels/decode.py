@@ -1,14 +1,13 @@
-"""One token through one residual layer, x + mixer(norm(x)), as one kernel with two parallel regions.
+"""One token through one residual layer, x + mixer(norm(x)): a kernel up to the state and one from there on.
 
 At one token a layer is its weights: each is read once (:mod:`xuracore.kernels.gemv`), and what lies
-between the products is done where their results are.  The second product of a region takes columns, not
-rows: task i multiplies the channels it has just made with their columns, and the sums over tasks are
-formed afterwards, in order, so that no thread waits for another in between.
+between the products is done where their results are.  The second product of a kernel takes columns, not
+rows: task i multiplies the channels it has just made with their columns, and whoever reads the result forms
+the sum over tasks, in order, so that no thread waits for another in between.
 
-x (B, D) float32 is changed in place.  Matrices are pairs (weight, scales) as in gemv; the scan has its
-channels in multiples of 32.  The states after the token go to ``conv_out`` and ``h_out``, which may be
-``conv_in`` and ``h_in`` themselves.  ``tasks`` does not depend on the number of threads, so the numbers
-do not either.
+x (B, D) float32.  Matrices are pairs (weight, scales) as in gemv; the scan has its channels in multiples of
+32.  The states after the token go to ``conv_out`` and ``h_out``, which may be ``conv_in`` and ``h_in``
+themselves.  The number of tasks does not depend on the number of threads, so the results do not either.
 """
 
 import numpy as np
@@ -21,7 +20,8 @@ GATE_ONLY, GATE_THEN_NORM, NORM_THEN_GATE = 0, 1, 2
 
 
 @device
-def _rms_norm(x, weight, eps, out):
+def _rms_norm(x, weight, eps):
+    out = np.empty(x.shape, np.float32)
     for b in range(x.shape[0]):
         row, into, total = x[b], out[b], ZERO
         for i in range(row.size):
@@ -29,6 +29,25 @@ def _rms_norm(x, weight, eps, out):
         scale = np.float32(1) / np.sqrt(total / np.float32(row.size) + np.float32(eps))
         for i in range(row.size):
             into[i] = row[i] * scale * weight[i]
+    return out
+
+
+@device
+def _sum_of_tasks(parts, first, last):
+    """(B, last - first): the sum over the first axis of parts (tasks, B, …), in order."""
+    out = np.zeros((parts.shape[1], last - first), np.float32)
+    for task in range(parts.shape[0]):
+        for b in range(parts.shape[1]):
+            row, part = out[b], parts[task, b, first:last]
+            for i in range(row.size):
+                row[i] += part[i]
+    return out
+
+
+@device
+def _normed_unless(eps, x):
+    """RMS norm without weights; x itself where eps is negative."""
+    return _rms_norm(x, np.ones(x.shape[1], np.float32), eps) if eps >= 0 else x
 
 
 @device
@@ -63,45 +82,32 @@ def _convolve_numpy(u, weight, bias, before, after):
     return _silu_numpy(np.einsum("bkc,ck->bc", window, weight) + bias)
 
 
-def mamba1_step_numpy(
-    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, x_weight, x_scales,
-    dt_weight, dt_scales, dt_bias, a_log, skip, out_weight, out_scales, out_bias, inner_eps, tasks,
-    conv_in, h_in, conv_out, h_out,
+def mamba1_project_numpy(
+    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, x_weight, x_scales, conv_in,
+    conv_out, gate, u, mixes,
 ):  # fmt: skip
-    """NumPy twin of :func:`mamba1_step`."""
-    inner, size = a_log.shape
-    rank = dt_weight.shape[1]
-    normed = _rms_norm_numpy(x, norm_weight, eps)
-    both = _product_numpy(normed, in_weight, in_scales, 2 * inner) + in_bias
-    u = _convolve_numpy(both[:, :inner], conv_weight, conv_bias, conv_in, conv_out)
-    low, b, c = np.split(_product_numpy(u, x_weight, x_scales, rank + 2 * size), [rank, rank + size], axis=1)
-    if inner_eps >= 0:
-        low, b, c = (_rms_norm_numpy(each, 1, inner_eps) for each in (low, b, c))
-    step = np.logaddexp(0, _product_numpy(low, dt_weight, dt_scales, inner) + dt_bias).astype(np.float32)
-    h = np.exp(-step[:, :, None] * np.exp(a_log)) * h_in + (step * u)[:, :, None] * b[:, None]
-    h_out[...] = h
-    y = (np.einsum("bdn,bn->bd", h, c) + skip * u) * _silu_numpy(both[:, inner:])
-    x += _product_numpy(y, out_weight, out_scales, x.shape[1]) + out_bias
+    inner = u.shape[1]
+    both = _product_numpy(_rms_norm_numpy(x, norm_weight, eps), in_weight, in_scales, 2 * inner) + in_bias
+    u[...] = _convolve_numpy(both[:, :inner], conv_weight, conv_bias, conv_in, conv_out)
+    gate[...] = _silu_numpy(both[:, inner:])
+    mixes[...] = 0
+    mixes[0] = _product_numpy(u, x_weight, x_scales, mixes.shape[2])
 
 
-@kernel(twin=mamba1_step_numpy, parallel=True, fastmath=REDUCE)
-def mamba1_step(
-    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, x_weight, x_scales,
-    dt_weight, dt_scales, dt_bias, a_log, skip, out_weight, out_scales, out_bias, inner_eps, tasks,
-    conv_in, h_in, conv_out, h_out,
+@kernel(twin=mamba1_project_numpy, parallel=True, fastmath=REDUCE)
+def mamba1_project(
+    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, x_weight, x_scales, conv_in,
+    conv_out, gate, u, mixes,
 ):  # fmt: skip
-    """Mamba-1 (arXiv 2312.00752), state conv (B, K - 1, Di) and h (B, Di, N); biases are zeros if absent.
+    """Mamba-1 (arXiv 2312.00752) up to its state: gate and u (B, Di), and x_proj(u) as mixes (tasks, B, R + 2 N).
 
-    inner_eps : of the norms of FalconMamba on dt, B and C; negative for none.
+    conv_in, conv_out : (B, K - 1, Di).   Biases are zeros if absent.   Only the sum of mixes over tasks has a
+    meaning; the twin has it in the first.
     """
-    batch, width = x.shape
-    inner, size = a_log.shape
-    rank = dt_weight.shape[1]
-    units, mixed = inner // PANEL, rank + 2 * size
-    normed, both = np.empty((batch, width), np.float32), np.empty((batch, 2 * inner), np.float32)
-    u, delta = np.empty((batch, inner), np.float32), np.empty((batch, inner), np.float32)
-    mixes, parts = np.empty((tasks, batch, mixed), np.float32), np.empty((tasks, batch, width), np.float32)
-    _rms_norm(x, norm_weight, eps, normed)
+    (batch, inner), (tasks, _, mixed) = u.shape, mixes.shape
+    units, width = inner // PANEL, x.shape[1]
+    normed = _rms_norm(x, norm_weight, eps)
+    both = np.empty((batch, 2 * inner), np.float32)
     for index in prange(tasks):
         task = np.int64(index)
         first, last = units * task // tasks * PANEL, units * (task + 1) // tasks * PANEL
@@ -111,21 +117,39 @@ def mamba1_step(
             for d in range(first, last):
                 new = both[b, d] + in_bias[d]
                 u[b, d] = _convolve(new, b, conv_weight, conv_bias, conv_in, conv_out, d)
+                gate[b, d] = silu(both[b, inner + d] + in_bias[inner + d])
         product(x_weight, x_scales, u, first, last, 0, mixed, mixes[task])
-    low, key = np.zeros((batch, rank), np.float32), np.zeros((batch, size), np.float32)
-    query = np.zeros((batch, size), np.float32)
-    for task in range(tasks):
-        for b in range(batch):
-            for i in range(rank):
-                low[b, i] += mixes[task, b, i]
-            for i in range(size):
-                key[b, i] += mixes[task, b, rank + i]
-                query[b, i] += mixes[task, b, rank + size + i]
+
+
+def mamba1_scan_numpy(
+    mixes, inner_eps, dt_weight, dt_scales, dt_bias, a_log, skip, out_weight, out_scales, gate, u, h_in, h_out, parts
+):
+    (inner, size), rank = a_log.shape, dt_weight.shape[1]
+    low, b, c = np.split(mixes.sum(axis=0), [rank, rank + size], axis=1)
     if inner_eps >= 0:
-        ones = np.ones(max(rank, size), np.float32)
-        _rms_norm(low, ones, inner_eps, low)
-        _rms_norm(key, ones, inner_eps, key)
-        _rms_norm(query, ones, inner_eps, query)
+        low, b, c = (_rms_norm_numpy(each, 1, inner_eps) for each in (low, b, c))
+    step = np.logaddexp(0, _product_numpy(low, dt_weight, dt_scales, inner) + dt_bias).astype(np.float32)
+    h = np.exp(-step[:, :, None] * np.exp(a_log)) * h_in + (step * u)[:, :, None] * b[:, None]
+    h_out[...] = h
+    u[...] = (np.einsum("bdn,bn->bd", h, c) + skip * u) * gate
+    parts[...] = 0
+    parts[0] = _product_numpy(u, out_weight, out_scales, parts.shape[2])
+
+
+@kernel(twin=mamba1_scan_numpy, parallel=True, fastmath=REDUCE)
+def mamba1_scan(
+    mixes, inner_eps, dt_weight, dt_scales, dt_bias, a_log, skip, out_weight, out_scales, gate, u, h_in, h_out, parts
+):
+    """Mamba-1 from there on: h (B, Di, N) after the token, and out_proj of the gated output as parts (tasks, B, D).
+
+    u becomes the gated output.   inner_eps : of the norms of FalconMamba on dt, B and C; negative for none.
+    """
+    (batch, inner), (tasks, _, width), rank, size = u.shape, parts.shape, dt_weight.shape[1], a_log.shape[1]
+    units = inner // PANEL
+    low = _normed_unless(inner_eps, _sum_of_tasks(mixes, 0, rank))
+    key = _normed_unless(inner_eps, _sum_of_tasks(mixes, rank, rank + size))
+    query = _normed_unless(inner_eps, _sum_of_tasks(mixes, rank + size, rank + 2 * size))
+    delta = np.empty((batch, inner), np.float32)
     for index in prange(tasks):
         task = np.int64(index)
         first, last = units * task // tasks * PANEL, units * (task + 1) // tasks * PANEL
@@ -139,73 +163,38 @@ def mamba1_step(
                     value = exp(-step * exp(rates[n])) * before[n] + push * keys[n]
                     after[n] = value
                     total += value * queries[n]
-                gate = silu(both[b, inner + d] + in_bias[inner + d])
-                u[b, d] = (total + skip[d] * u[b, d]) * gate
+                u[b, d] = (total + skip[d] * u[b, d]) * gate[b, d]
         product(out_weight, out_scales, u, first, last, 0, width, parts[task])
-    for b in range(batch):
-        row = x[b]
-        for i in range(width):
-            row[i] += out_bias[i]
-        for task in range(tasks):
-            part = parts[task, b]
-            for i in range(width):
-                row[i] += part[i]
 
 
-def mamba2_step_numpy(
-    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, dt_bias, dt_min, dt_max,
-    a_log, skip, groups, gating, gate_weight, gate_eps, out_weight, out_scales, out_bias, tasks,
-    conv_in, h_in, conv_out, h_out,
+def mamba2_project_numpy(
+    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, dt_bias, dt_min, dt_max, conv_in,
+    conv_out, gate, u, steps, tasks,
 ):  # fmt: skip
-    """NumPy twin of :func:`mamba2_step`."""
-    batch, heads, headdim, size = h_in.shape
-    inner, channels = heads * headdim, conv_weight.shape[0]
+    inner, channels = gate.shape[1], u.shape[1]
     normed = _rms_norm_numpy(x, norm_weight, eps)
-    projected = _product_numpy(normed, in_weight, in_scales, inner + channels + heads) + in_bias
+    projected = _product_numpy(normed, in_weight, in_scales, inner + channels + steps.shape[1]) + in_bias
     z, new, raw = np.split(projected, [inner, inner + channels], axis=1)
-    u = _convolve_numpy(new, conv_weight, conv_bias, conv_in, conv_out)
-    xs = u[:, :inner].reshape(batch, heads, headdim, 1)
-    key, query = (
-        np.repeat(part.reshape(batch, groups, 1, size), heads // groups, axis=1)
-        for part in np.split(u[:, inner:], 2, axis=1)
-    )
-    step = np.clip(np.logaddexp(0, raw + dt_bias).astype(np.float32), dt_min, dt_max)[:, :, None, None]
-    h = np.exp(-step * np.exp(a_log)[:, None, None]) * h_in + step * xs * key
-    h_out[...] = h
-    y = ((h * query).sum(axis=3) + skip * xs[..., 0]).reshape(batch, groups, -1)
-    gate, weight = _silu_numpy(z).reshape(y.shape), gate_weight.reshape(groups, -1)
-    if gating == GATE_ONLY:
-        y = y * gate
-    elif gating == GATE_THEN_NORM:
-        y = _rms_norm_numpy(y * gate, weight, gate_eps)
-    else:
-        y = _rms_norm_numpy(y, weight, gate_eps) * gate
-    x += _product_numpy(y.reshape(batch, inner), out_weight, out_scales, x.shape[1]) + out_bias
+    gate[...] = _silu_numpy(z)
+    u[...] = _convolve_numpy(new, conv_weight, conv_bias, conv_in, conv_out)
+    steps[...] = np.clip(np.logaddexp(0, raw + dt_bias), dt_min, dt_max)
 
 
-@kernel(twin=mamba2_step_numpy, parallel=True, fastmath=REDUCE)
-def mamba2_step(
-    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, dt_bias, dt_min, dt_max,
-    a_log, skip, groups, gating, gate_weight, gate_eps, out_weight, out_scales, out_bias, tasks,
-    conv_in, h_in, conv_out, h_out,
+@kernel(twin=mamba2_project_numpy, parallel=True, fastmath=REDUCE)
+def mamba2_project(
+    x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, dt_bias, dt_min, dt_max, conv_in,
+    conv_out, gate, u, steps, tasks,
 ):  # fmt: skip
-    """Mamba-2 (arXiv 2405.21060), state conv (B, K - 1, Di + 2 G N) and h (B, H, P, N).
+    """Mamba-2 (arXiv 2405.21060) up to its state: gate (B, Di), u (B, Di + 2 G N) and steps (B, H).
 
-    skip (H, P) or (H, 1); gating is one of GATE_ONLY, GATE_THEN_NORM, NORM_THEN_GATE.  A norm's divisor is
-    common to its group, so it is applied to the finished products.  tasks is a multiple of groups and
-    divides the heads; each task has a multiple of 32 channels.
+    conv_in, conv_out : (B, K - 1, Di + 2 G N).   Biases are zeros if absent.
     """
-    batch, width = x.shape
-    heads, headdim, size = h_in.shape[1:]
-    inner, channels = heads * headdim, conv_weight.shape[0]
-    rows, per_task = inner + channels + heads, heads // tasks
+    (batch, width), inner, channels = x.shape, gate.shape[1], u.shape[1]
+    rows = inner + channels + steps.shape[1]
     panels = (rows + PANEL - 1) // PANEL
     low_dt, high_dt = np.float32(dt_min), np.float32(dt_max)
-    normed, projected = np.empty((batch, width), np.float32), np.empty((batch, rows), np.float32)
-    u, steps = np.empty((batch, channels), np.float32), np.empty((batch, heads), np.float32)
-    y, squares = np.empty((batch, inner), np.float32), np.zeros((tasks, batch), np.float32)
-    parts = np.empty((tasks, batch, width), np.float32)
-    _rms_norm(x, norm_weight, eps, normed)
+    normed = _rms_norm(x, norm_weight, eps)
+    projected = np.empty((batch, rows), np.float32)
     for index in prange(tasks):
         task = np.int64(index)
         first = panels * task // tasks * PANEL
@@ -213,13 +202,50 @@ def mamba2_step(
         product(in_weight, in_scales, normed, 0, width, first, last, projected)
         for b in range(batch):
             for r in range(first, min(last, inner)):
-                projected[b, r] = silu(projected[b, r] + in_bias[r])
+                gate[b, r] = silu(projected[b, r] + in_bias[r])
             for r in range(max(first, inner), min(last, inner + channels)):
                 new = projected[b, r] + in_bias[r]
                 u[b, r - inner] = _convolve(new, b, conv_weight, conv_bias, conv_in, conv_out, r - inner)
             for r in range(max(first, inner + channels), last):
                 step = softplus(projected[b, r] + in_bias[r] + dt_bias[r - inner - channels])
                 steps[b, r - inner - channels] = min(max(step, low_dt), high_dt)
+
+
+def mamba2_scan_numpy(
+    u, steps, a_log, skip, groups, gating, gate, gate_weight, out_weight, out_scales, h_in, h_out, y, squares, parts
+):
+    batch, heads, headdim, size = h_in.shape
+    inner = heads * headdim
+    xs = u[:, :inner].reshape(batch, heads, headdim, 1)
+    key, query = (
+        np.repeat(part.reshape(batch, groups, 1, size), heads // groups, axis=1)
+        for part in np.split(u[:, inner:], 2, axis=1)
+    )
+    step = steps[:, :, None, None]
+    h = np.exp(-step * np.exp(a_log)[:, None, None]) * h_in + step * xs * key
+    h_out[...] = h
+    inside = ((h * query).sum(axis=3) + skip * xs[..., 0]).reshape(batch, inner)
+    y[...] = inside * gate * gate_weight
+    counted = inside if gating == NORM_THEN_GATE else inside * gate
+    squares[...] = (counted * counted).reshape(batch, len(squares), -1).sum(axis=2).T
+    for part, columns in zip(parts, np.split(np.arange(inner), len(parts))):
+        part[...] = y[:, columns] @ dequantised(out_weight, out_scales)[: parts.shape[2], columns].T
+
+
+@kernel(twin=mamba2_scan_numpy, parallel=True, fastmath=REDUCE)
+def mamba2_scan(
+    u, steps, a_log, skip, groups, gating, gate, gate_weight, out_weight, out_scales, h_in, h_out, y, squares, parts
+):
+    """Mamba-2 from there on: h (B, H, P, N), the gated output y (B, Di), and out_proj(y) as parts (tasks, B, D).
+
+    skip (H, P) or (H, 1); gating is one of GATE_ONLY, GATE_THEN_NORM, NORM_THEN_GATE.  A norm's divisor is
+    common to its group, so it is applied to the finished products, by mamba2_finish: squares (tasks, B) are the
+    sums it needs.  There are a multiple of groups tasks, a divisor of the heads; each has a multiple of 32
+    channels.
+    """
+    batch, heads, headdim, size = h_in.shape
+    tasks, inner, width = parts.shape[0], heads * headdim, parts.shape[2]
+    per_task = heads // tasks
     for index in prange(tasks):
         task = np.int64(index)
         for b in range(batch):
@@ -237,7 +263,7 @@ def mamba2_step(
                         after[n] = value
                         inside += value * query[n]
                     inside += skip[h, p % skip.shape[1]] * u[b, at]
-                    gated = inside * projected[b, at]
+                    gated = inside * gate[b, at]
                     if gating == NORM_THEN_GATE:
                         total += inside * inside
                     else:
@@ -246,17 +272,35 @@ def mamba2_step(
             squares[task, b] = total
         first, last = task * per_task * headdim, (task + 1) * per_task * headdim
         product(out_weight, out_scales, y, first, last, 0, width, parts[task])
+
+
+def finish_numpy(x, bias, parts, squares, groups, count, eps):
+    scale = np.float32(1)
+    if squares.size:
+        sums = squares.reshape(groups, -1, len(x)).sum(axis=1, keepdims=True)
+        scale = 1 / np.sqrt(np.repeat(sums, len(parts) // groups, axis=1) / np.float32(count) + np.float32(eps))
+        scale = scale.reshape(len(parts), len(x), 1)
+    x += bias + (parts * scale).sum(axis=0)
+
+
+@kernel(twin=finish_numpy, fastmath=REDUCE)
+def finish(x, bias, parts, squares, groups, count, eps):
+    """x (B, D) += bias (D) + the sum of parts (tasks, B, D), each divided by the norm of its group.
+
+    squares : (tasks, B), of the ``count`` numbers of each group; (0, 0) where there is no norm.
+    """
+    tasks, batch, width = parts.shape
     per_group = tasks // groups
     for b in range(batch):
         row = x[b]
         for i in range(width):
-            row[i] += out_bias[i]
+            row[i] += bias[i]
         for g in range(groups):
             total, scale = ZERO, np.float32(1)
-            for task in range(g * per_group, (g + 1) * per_group):
-                total += squares[task, b]
-            if gating != GATE_ONLY:
-                scale /= np.sqrt(total / np.float32(inner // groups) + np.float32(gate_eps))
+            if squares.size > 0:
+                for task in range(g * per_group, (g + 1) * per_group):
+                    total += squares[task, b]
+                scale /= np.sqrt(total / np.float32(count) + np.float32(eps))
             for task in range(g * per_group, (g + 1) * per_group):
                 part = parts[task, b]
                 for i in range(width):
