@@ -39,11 +39,13 @@ def fingerprint(encoder, recipe):
 
 def picture_digest(source):
     """SHA-256 of a picture: of a file's bytes, or of an array's numbers, shape and type."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).digest()
     if isinstance(source, (str, os.PathLike)):
         with open(source, "rb") as file:
             return hashlib.file_digest(file, "sha256").digest()
     if not isinstance(source, np.ndarray):
-        raise DTypeError(f"a cached picture is a path or an array, got {type(source).__name__}")
+        raise DTypeError(f"a cached picture is bytes, a path or an array, got {type(source).__name__}")
     digest = hashlib.sha256(f"{source.dtype} {source.shape}".encode())
     digest.update(np.ascontiguousarray(source).reshape(-1).view(np.uint8))
     return digest.digest()

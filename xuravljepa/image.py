@@ -3,6 +3,7 @@
 Every vision model has its own habit of resizing and scaling; ``PREPROCESSING`` holds those of the families
 whose weights can be loaded (timm, Hugging Face and V-JEPA 2 configurations).
 """
+import io
 import os
 from dataclasses import dataclass
 
@@ -73,8 +74,8 @@ def load(source, size=64, mean=HALF, std=HALF, *, resize="squash", crop_fraction
          max_pixels=MAX_PIXELS):
     """A picture as float32 (3, size, size), normalised: (value / 255 − mean) / std.
 
-    ``source`` is a path, a PIL image, or an array: uint8 (H, W), (H, W, 3) or (H, W, 4), or floats in 0..1
-    of these shapes.  The EXIF orientation is applied, transparency is laid over white, an animation gives its
+    ``source`` is a path, the bytes of a file, a PIL image, or an array: uint8 (H, W), (H, W, 3) or (H, W, 4), or
+    floats in 0..1 of these shapes.  The EXIF orientation is applied, transparency is laid over white, an animation gives its
     first frame.  The other arguments are those of ``Preprocessing``.
 
     Raises FormatError, with the path, for a file that is missing, damaged, truncated, of a foreign format or
@@ -97,11 +98,11 @@ def read_rgb(source, max_pixels=MAX_PIXELS):
         return _over_white(_from_array(source, max_pixels))
     if isinstance(source, Image.Image):
         return _decode(source, None, max_pixels)
-    if not isinstance(source, (str, os.PathLike)):
-        raise DTypeError(f"a picture is a path, an array or a PIL image, got {type(source).__name__}")
-    path = os.fspath(source)
+    if not isinstance(source, (str, os.PathLike, bytes)):
+        raise DTypeError(f"a picture is a path, bytes, an array or a PIL image, got {type(source).__name__}")
+    path = None if isinstance(source, bytes) else os.fspath(source)
     try:
-        file = Image.open(path, formats=FORMATS)
+        file = Image.open(io.BytesIO(source) if path is None else path, formats=FORMATS)
     except FileNotFoundError:
         raise FormatError("there is no such file", path) from None
     except IsADirectoryError:

@@ -38,11 +38,12 @@ class BadRow:
 class BadRows:
     """The entries of a data set that were left out.
 
-    ``rows`` are the first of them, ``count`` is the number of all, ``path`` names the data set.
+    ``rows`` are the first of them, ``count`` is the number of all, ``path`` names the data set; ``max_fraction`` of
+    all its entries may be bad.
     """
 
-    def __init__(self, path):
-        self.path, self.rows, self.count = path, [], 0
+    def __init__(self, path, max_fraction=0.0):
+        self.path, self.max_fraction, self.rows, self.count = path, max_fraction, [], 0
 
     def add(self, file, line, reason):
         """Leave out one entry."""
@@ -60,14 +61,14 @@ class BadRows:
             lines.append(f"… and {self.count - len(shown)} more")
         return "\n".join(lines)
 
-    def check(self, good, max_fraction):
-        """FormatError if there was nothing, or more than ``max_fraction`` of all entries is bad."""
+    def check(self, good):
+        """FormatError if there was nothing, or more than ``max_fraction`` of all entries is bad; ``good`` are not."""
         total = good + self.count
         if total == 0:
             raise FormatError("the data set has no rows", self.path)
-        if self.count > max_fraction * total:
+        if self.count > self.max_fraction * total:
             raise FormatError(f"{self.count} of {total} rows are bad, more than "
-                              f"max_bad_fraction={max_fraction} allows:\n{self.report(_SHOWN)}", self.path)
+                              f"max_bad_fraction={self.max_fraction} allows:\n{self.report(_SHOWN)}", self.path)
         if not good:
             raise FormatError(f"none of the {total} rows can be used:\n{self.report(_SHOWN)}", self.path)
 

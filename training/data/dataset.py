@@ -114,11 +114,11 @@ def open_dataset(path, format="auto", *, split=None, max_bad_fraction=0.0, setti
     where several formats are there, for columns that are not, and when no row has the split.
     """
     format, files = detect(path, format)
-    bad = BadRows(path)
+    bad = BadRows(path, max_bad_fraction)
     found = tuple(samples(READERS[format].entries(files, settings), bad, READERS[format].ONE_ANSWER))
     if say is not None:
         say(f"{path}: {READERS[format].TITLE}, {_summary(found)}")
-    bad.check(len(found), max_bad_fraction)
+    bad.check(len(found))
     rows = [sample for sample in found if split is None or sample.split == split]
     if not rows:
         splits = sorted({str(sample.split) for sample in found})

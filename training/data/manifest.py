@@ -84,9 +84,9 @@ def read_manifest(path, max_bad_fraction=0.0, check_files=True):
     empty, or when more than ``max_bad_fraction`` of its rows are bad (0: one is too many), naming the file
     and the line of the first few.
     """
-    path, bad = Path(path), BadRows(path)
+    path, bad = Path(path), BadRows(path, max_bad_fraction)
     good = tuple(samples(entries(path, check_files), bad))
-    bad.check(len(good), max_bad_fraction)
+    bad.check(len(good))
     return Manifest(path, good, tuple(bad.rows))
 
 

@@ -1,11 +1,16 @@
 """What the phases share: frozen visual tokens computed once, and batches of questions."""
 
+import contextlib
+import itertools
 import time
 
 import numpy as np
 
+from training.data.prefetch import Prefetch
+from training.data.readers.tar import TarPicture
 from training.data.scenes import Scene, render
-from xuracore.errors import ConfigError
+from xuracore import get_num_threads
+from xuracore.errors import ConfigError, FormatError
 from xuravljepa import image as images
 from xuravljepa.feature_cache import FeatureCache, picture_digest
 
@@ -23,8 +28,10 @@ def row_pixels(model, row):
 
 
 def row_picture(row):
-    """A row's picture: a path, or an array."""
-    return render(row.image) if isinstance(row.image, Scene) else row.image
+    """A row's picture: a path, an array, or the bytes of a file.  Raises FormatError for a path in an archive."""
+    if isinstance(row.image, Scene):
+        return render(row.image)
+    return row.image.read() if isinstance(row.image, TarPicture) else row.image
 
 
 class FeatureStore:
@@ -33,44 +40,91 @@ class FeatureStore:
     An X-Encoder forward pass costs as much as a predictor's training step, and many questions share a
     picture.  ``store(rows)`` → (B, n, d) float32.  report : called with (done, total, seconds).
     cache : a folder that keeps the tokens, memory-mapped, so that the next run does not encode again.
+    bad : a BadRows that takes the rows whose picture cannot be read; ``usable`` leaves them out.  Without it, the
+    first such picture is a FormatError.   Pictures are decoded in ``workers`` threads (default: as many as kernels
+    use), which changes no result.
     """
 
-    def __init__(self, model, rows, batch_size=64, report=None, cache=None):
-        self._model, self._places, pictures = model, {}, []
+    def __init__(self, model, rows, batch_size=64, report=None, cache=None, bad=None, workers=None):
+        self._model, self._batch_size, self._report = model, batch_size, report
+        self._workers = get_num_threads() if workers is None else workers
+        self._faults, self._rows, self._bad = {}, {}, bad
         for row in rows:
-            if row.image is not None and image_key(row) not in self._places:
-                self._places[image_key(row)] = len(pictures)
-                pictures.append(row)
-        vision = model.config.vision
+            if row.image is not None:
+                self._rows.setdefault(image_key(row), []).append(row)
+        pictures = [about[0] for about in self._rows.values()]
         if cache is None:
-            self.tokens = np.empty((len(pictures), vision.n_tokens, vision.d_model), np.float16)
-            for start, tokens in self._encode(pictures, batch_size, report):
-                self.tokens[start : start + len(tokens)] = tokens
+            self.tokens, kept = self._in_memory(pictures)
         else:
-            self.tokens = self._cached(FeatureCache(cache, model.x_encoder, model.config.preprocessing), pictures,
-                                       batch_size, report)
+            self.tokens, kept = self._cached(FeatureCache(cache, model.x_encoder, model.config.preprocessing), pictures)
+        self._places = {image_key(row): place for place, row in enumerate(kept)}
 
-    def _encode(self, pictures, batch_size, report):
-        """(where, tokens) of each batch of rows."""
-        started = time.monotonic()
-        for start in range(0, len(pictures), batch_size):
-            pixels = np.stack([row_pixels(self._model, row) for row in pictures[start : start + batch_size]])
-            yield start, self._model.visual_tokens(pixels)
-            if report is not None:
-                report(start + len(pixels), len(pictures), time.monotonic() - started)
+    def usable(self, rows):
+        """Those of ``rows`` whose picture could be read, or that have none."""
+        return [row for row in rows if image_key(row) not in self._faults]
 
-    def _cached(self, cache, pictures, batch_size, report):
-        digests = [picture_digest(row_picture(row)) for row in pictures]
-        first = {digest: row for row, digest in zip(reversed(pictures), reversed(digests))}
-        missing = cache.missing(digests)
-        for start, tokens in self._encode([first[digest] for digest in missing], batch_size, report):
-            cache.add(missing[start : start + len(tokens)], tokens)
-        return cache.tokens(digests)
+    def _good(self, function, pictures):
+        """(row, function(row)) of each row whose picture can be read; the others are bad."""
+        with Prefetch(function, pictures, self._workers, ahead=max(self._batch_size, 1)) as results:
+            for row in pictures:
+                try:
+                    yield row, next(results)
+                except FormatError as error:
+                    self._refuse(row, error)
+
+    def _refuse(self, row, error):
+        if self._bad is None:
+            raise error
+        self._faults[image_key(row)] = error
+        for about in self._rows[image_key(row)]:
+            file, line = about.origin or (about.image, None)
+            self._bad.add(file, line, error)
+        self._bad.check(sum(map(len, self._rows.values())) - sum(len(self._rows[key]) for key in self._faults))
+
+    def _encode(self, pictures):
+        """(rows, their tokens) of each batch."""
+        started, done, earlier = time.monotonic(), 0, len(self._faults)
+        with contextlib.closing(self._good(lambda row: row_pixels(self._model, row), pictures)) as good:
+            while part := list(itertools.islice(good, self._batch_size)):
+                rows, pixels = zip(*part)
+                yield rows, self._model.visual_tokens(np.stack(pixels))
+                done += len(part)
+                if self._report is not None:
+                    total = len(pictures) - (len(self._faults) - earlier)
+                    self._report(done, total, time.monotonic() - started)
+
+    def _in_memory(self, pictures):
+        """(tokens (n, …), the n rows they belong to)."""
+        vision = self._model.config.vision
+        tokens, kept = np.empty((len(pictures), vision.n_tokens, vision.d_model), np.float16), []
+        for rows, found in self._encode(pictures):
+            tokens[len(kept) : len(kept) + len(rows)] = found
+            kept += rows
+        return tokens[: len(kept)], kept
+
+    def _cached(self, cache, pictures):
+        digests = {image_key(row): digest for row, digest in self._good(_row_digest, pictures)}
+        first = {digest: row for row in reversed(pictures) if (digest := digests.get(image_key(row)))}
+        for rows, tokens in self._encode([first[digest] for digest in cache.missing(digests.values())]):
+            cache.add([digests[image_key(row)] for row in rows], tokens)
+        spoilt = {digests[key] for key in self._faults if key in digests}
+        for row in pictures:  # other files of the same bytes
+            if digests.get(image_key(row)) in spoilt and image_key(row) not in self._faults:
+                self._refuse(row, self._faults[image_key(first[digests[image_key(row)]])])
+        kept = [row for row in pictures if image_key(row) not in self._faults]
+        return cache.tokens([digests[image_key(row)] for row in kept]), kept
 
     def __call__(self, rows):
         if any(row.image is None for row in rows):
             raise ConfigError("a row without a picture cannot be batched with visual tokens")
         return self.tokens[[self._places[image_key(row)] for row in rows]].astype(np.float32)
+
+
+def _row_digest(row):
+    try:
+        return picture_digest(row_picture(row))
+    except OSError as error:
+        raise FormatError(f"cannot be read ({error.strerror})", row.image) from error
 
 
 def generator(*key):
