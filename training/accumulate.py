@@ -5,60 +5,113 @@ does not bring more.  Two passes do (as in OpenCLIP's ``accum-freq``; Gao et al.
 the features of all batches without recording, then the joint loss over them and its gradient with respect
 to every feature, last each batch again, recorded, with that gradient as its cotangent.  The result is
 the gradient of one large batch, in the memory of a small one.
+
+On several ranks the features of all are gathered, each rank computes the same joint loss over them and takes
+its gradient back to its own rows alone; a sum over the ranks is then the gradient of one large batch as well.
+The joint loss itself is computed on every rank: its matrix products are small beside those of the features.
 """
 
 import numpy as np
 
 import xuracore as xc
 from training.checkpoint import generator_state, module_generators, restore_generator
+from training.parallel import ALONE
 from xuracore import ops
+from xuracore.errors import ConfigError
 
 
 class TwoPass:
-    """A loss function for the Trainer, joint over the batches that are accumulated in a step.
+    """A loss function for the Trainer, joint over the batches that are accumulated in a step, on all ranks.
 
     features(model, batch, rng) → tuple of Tensors with one row per sample.
     joint(model, features, batches) → (loss, metrics): ``features`` as above with the rows of all
         ``batches`` one after the other.  What it uses of the model beside them gets its gradient here.
+    share(batch) → the part of a batch that ``joint`` looks at, as JSON data, for the other ranks.
     """
 
-    def __init__(self, features, joint):
-        self.features, self.joint = features, joint
+    def __init__(self, features, joint, share=None):
+        self.features, self.joint, self.share = features, joint, share
 
     def __call__(self, model, batch, rng):
         return self.joint(model, self.features(model, batch, rng), [batch])
 
-    def accumulate(self, model, batches, rngs):
+    def accumulate(self, model, batches, rngs, ranks=ALONE):
         """Add the gradient of the joint loss to the parameters; returns (loss as float, metrics).
 
         rngs : for each batch, a function that returns its generator, the same one at every call.
+        ranks : whose *mean* of the gradients is that of the joint loss.
         """
         generators = module_generators(model)  # dropout must fall alike in both passes
-        found, states = [], []
+        found, states, live = [], [], None
         for batch, rng in zip(batches, rngs):
             states.append({name: generator_state(g) for name, g in generators.items()})
-            with xc.no_grad():
-                found.append([feature.data for feature in self.features(model, batch, rng())])
-        leaves = [xc.Tensor(np.concatenate(rows), requires_grad=True) for rows in zip(*found)]
-        loss, metrics = self.joint(model, tuple(leaves), batches)
-        if not np.isfinite(loss.data):
-            return loss.item(), metrics
-        loss.backward()
-        gradients, start = [leaf.grad for leaf in leaves], 0
-        for batch, rng, state, rows in zip(batches, rngs, states, found):
+            if len(batches) == 1:  # one pass is enough: it can be recorded and wait
+                live = self.features(model, batch, rng())
+                found.append([feature.data for feature in live])
+            else:
+                with xc.no_grad():
+                    found.append([feature.data for feature in self.features(model, batch, rng())])
+        rows = [np.concatenate(parts) for parts in zip(*found)]
+        loss, metrics, cotangents = self._joint_gradient(model, rows, batches, ranks)
+        if cotangents is None:
+            return loss, metrics
+        if live is not None:
+            _send_back(live, cotangents)
+            return loss, metrics
+        start = [0] * len(rows)
+        for batch, rng, state, parts in zip(batches, rngs, states, found):
             for name, generator in generators.items():
                 restore_generator(generator, state[name])
-            stop = start + len(rows[0])
-            self._again(model, batch, rng(), [None if g is None else g[start:stop] for g in gradients])
+            stop = [first + len(part) for first, part in zip(start, parts)]
+            own = [None if c is None else c[i:j] for c, i, j in zip(cotangents, start, stop)]
+            _send_back(self.features(model, batch, rng()), own)
             start = stop
-        return loss.item(), metrics
+        return loss, metrics
 
-    def _again(self, model, batch, rng, cotangents):
-        """Features once more, recorded; backward through all of them at once."""
-        total = None
-        for feature, cotangent in zip(self.features(model, batch, rng), cotangents):
-            if feature.requires_grad and cotangent is not None:
-                part = ops.sum(feature * cotangent)
-                total = part if total is None else total + part
-        if total is not None:
-            total.backward()
+    def _joint_gradient(self, model, rows, batches, ranks):
+        """(loss, metrics, gradient of this rank's ``rows``: one array or None per feature).
+
+        The last is None where the loss is not finite.  It is ``ranks.size`` times the derivative, since the
+        mean over the ranks shall be that of the parameters which the joint loss itself uses: each rank has
+        all of those, and only its own part of these.
+        """
+        start = [0] * len(rows)
+        if ranks.size > 1:
+            if self.share is None:
+                raise ConfigError("this TwoPass was not told what ranks share of a batch; give it share=")
+            told = ranks.gather([[len(part) for part in rows], [self.share(batch) for batch in batches]])
+            start = [sum(counts[i] for counts, _ in told[: ranks.rank]) for i in range(len(rows))]
+            batches = [batch for _, shared in told for batch in shared]
+        leaves = [xc.Tensor(ranks.gather_rows(part), requires_grad=True) for part in rows]
+        loss, metrics = self.joint(model, tuple(leaves), batches)
+        if not np.isfinite(loss.data):
+            return loss.item(), metrics, None
+        loss.backward()
+        return loss.item(), metrics, [
+            None if leaf.grad is None else leaf.grad[first : first + len(part)] * ranks.size
+            for leaf, first, part in zip(leaves, start, rows)
+        ]
+
+
+class Weighted:
+    """A loss function that is a mean over ``weight(batch)`` things, such as the tokens of its texts.
+
+    Where batches are accumulated, or lie on several ranks, each counts by its weight, as in one large batch.
+    """
+
+    def __init__(self, loss_function, weight):
+        self._loss_function, self.weight = loss_function, weight
+
+    def __call__(self, model, batch, rng):
+        return self._loss_function(model, batch, rng)
+
+
+def _send_back(features, cotangents):
+    """Backward through all features at once."""
+    total = None
+    for feature, cotangent in zip(features, cotangents):
+        if feature.requires_grad and cotangent is not None:
+            part = ops.sum(feature * cotangent)
+            total = part if total is None else total + part
+    if total is not None:
+        total.backward()

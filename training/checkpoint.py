@@ -68,11 +68,13 @@ def digest(tensors):
     return sha.hexdigest()
 
 
-def save(directory, step, model, optimizer, average=None, generators=None, progress=None, config=None):
+def save(directory, step, model, optimizer, average=None, generators=None, progress=None, config=None,
+         others=()):
     """Write a checkpoint of all this to the CheckpointDirectory; returns its folder.
 
     average : ExponentialMovingAverage or None.   generators : {name: Generator}.
-    progress, config : JSON data for trainer.json and config.json.
+    progress, config : JSON data for trainer.json and config.json.   others : for ranks 1, 2, … of a run on
+    several, the states of their generators.
     """
     state = {f"optimizer.{key}": array for key, array in optimizer.state_dict().items()}
     if average is not None:
@@ -82,6 +84,7 @@ def save(directory, step, model, optimizer, average=None, generators=None, progr
         "step": step,
         "progress": progress,
         "generators": {name: generator_state(generator) for name, generator in every.items()},
+        "others": list(others),
         "threads": xc.get_num_threads(),
         "versions": {"xuracore": xc.__version__, "numpy": np.__version__},
     }

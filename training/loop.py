@@ -12,6 +12,9 @@ the batch, and a dict of numbers to log.  One with a method ``accumulate``, such
 ``batches.batch(i)`` returns batch number i, a pure function of i; ``rng`` is a Philox generator keyed by
 (seed, i).  So a resumed run draws what an uninterrupted one would have drawn, and its tensors are equal
 bit for bit (same machine, same number of threads).
+
+On several ranks (see :mod:`training.parallel`) each gives its part of a batch as ``batches.batch(i)``, all take
+the same steps, and rank 0 writes; equal bits then also need the same number of ranks.
 """
 
 import contextlib
@@ -33,6 +36,7 @@ import xuracore as xc
 from training import checkpoint
 from training.event_log import EventLog, writer_class
 from training.optim import ExponentialMovingAverage, clip_grad_norm
+from training.parallel import ALONE, GradientSum, RankError, own_chance, weighted_means
 from training.plot import draw_training
 from training.progress import MetricLog, ProgressLine, Taken, Window
 from xuracore.config import Config, require
@@ -80,7 +84,7 @@ class TrainerConfig(Config):
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended.  ``reason`` is "finished", "patience", "stop_at", "SIGINT" or "SIGTERM"."""
+    """How a run ended.  ``reason`` is "finished", "patience", "stop_at" or the name of a signal."""
 
     step: int
     reason: str
@@ -103,31 +107,34 @@ class Trainer:
     output_dir : receives metrics.jsonl and .csv, training.svg, checkpoints/ and, with a monitored number,
         best/.  None writes nothing.
     evaluate : ``evaluate(model, step) -> {name: number}``, run without gradients on the averaged weights
-        where there are any.
+        where there are any, on rank 0.
     after_step : ``after_step(model)``, for constraints such as a clamped temperature.
     describe : JSON data that says what is trained (model and data configuration); saved in config.json,
         and a run is only resumed under the same description.
     generators : further {name: Generator} whose states belong to the run.
     stream : where progress goes, None for silence.
+    ranks : the processes that train together.
     """
 
     def __init__(
         self, model, loss_function, optimizer, schedule, batches, config, output_dir=None, *, evaluate=None,
-        after_step=None, describe=None, generators=None, stream=sys.stderr,
+        after_step=None, describe=None, generators=None, stream=sys.stderr, ranks=ALONE,
     ):  # fmt: skip
         self.model, self.loss_function, self.optimizer = model, loss_function, optimizer
         self.schedule, self.batches, self.config = schedule, batches, config
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.evaluate, self.after_step, self.describe = evaluate, after_step, describe
-        self.generators, self.stream = dict(generators or {}), stream
+        self.generators, self.stream, self.ranks = dict(generators or {}), stream if ranks.leads else None, ranks
+        self._gradients = GradientSum(optimizer.parameters(), ranks) if ranks.size > 1 else None
         self.average = None
         if config.ema_decay is not None:
             self.average = ExponentialMovingAverage(optimizer.named_parameters(), config.ema_decay)
         self.step, self.skipped = 0, 0
         self._skips_in_a_row, self._window = 0, Window()
         self._best, self._waited = None, 0
-        self._stop, self._log, self._line, self._saved_at = None, None, None, None
-        self._events = None
+        self._asked, self._stop = None, None  # to stop: by a signal here, and as agreed with the other ranks
+        self._log, self._events, self._line, self._saved_at = None, None, None, None
+        self._others = None  # states of the generators of ranks 1, 2, … in the checkpoint resumed from
         self.when_open = None  # called once ``output_dir`` is this run's
 
     # ------------------------------------------------------------------ the run
@@ -139,7 +146,7 @@ class Trainer:
         stop_at : end after this step instead, with a checkpoint, as an interruption would.
 
         Ctrl-C and SIGTERM end the run after the step at hand, with a checkpoint; a second Ctrl-C ends
-        it at once.
+        it at once.  On several ranks it is enough that one of them gets the signal.
         """
         resumed = self._open(resume, overwrite)
         self._line = ProgressLine(self.config.steps, self.stream, self.config.progress_seconds)
@@ -150,7 +157,7 @@ class Trainer:
                 reason = self._steps(batches, stop_at)
             if self.output_dir is not None and self._saved_at != self.step:
                 self.save()
-            if reason in ("SIGINT", "SIGTERM", "stop_at"):
+            if reason not in ("finished", "patience"):
                 self._line.say(f"{reason}: stopped after step {self.step}" + self._where_saved())
         finally:
             self._line.close()
@@ -165,6 +172,8 @@ class Trainer:
         """Train until something ends it; returns what."""
         self.model.train()
         while self.step < self.config.steps:
+            if self.ranks.size == 1:
+                self._stop = self._asked
             if self._stop is not None:
                 return self._stop
             if self._out_of_patience():
@@ -183,11 +192,14 @@ class Trainer:
         indices = range(self.step * count, (self.step + 1) * count)
         self.optimizer.zero_grad()
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # _update looks at the result
-            if count > 1 and hasattr(self.loss_function, "accumulate"):
-                rngs = [functools.partial(self._rng, i) for i in indices]
-                loss, metrics = self.loss_function.accumulate(self.model, [taken(i) for i in indices], rngs)
+            if (count > 1 or self.ranks.size > 1) and hasattr(self.loss_function, "accumulate"):
+                rngs, weight = [functools.partial(self._rng, i) for i in indices], 1.0
+                batches = [taken(i) for i in indices]
+                loss, metrics = self.loss_function.accumulate(self.model, batches, rngs, self.ranks)
             else:
-                loss, metrics = self._mean_gradient(taken, indices)
+                loss, metrics, weight = self._mean_gradient(taken, indices)
+        if self.ranks.size > 1:
+            loss, metrics, taken.samples = self._of_all_ranks(loss, metrics, weight, taken.samples)
         norm = self._update(loss, rate)
         self.step += 1
         record = {"loss": loss, **{name: float(value) for name, value in metrics.items()}, "grad_norm": norm}
@@ -196,16 +208,30 @@ class Trainer:
         self._report(rate)
 
     def _mean_gradient(self, batches, indices):
-        """Add up the gradients of batch after batch, divided by their number; mean loss and metrics."""
-        losses, metrics = [], {}
-        for index in indices:
-            loss, values = self.loss_function(self.model, batches(index), self._rng(index))
-            losses.append(loss.item())
-            if math.isfinite(losses[-1]):
-                (loss * (1.0 / len(indices)) if len(indices) > 1 else loss).backward()
-            for name, value in values.items():
-                metrics.setdefault(name, []).append(float(value))
-        return float(np.mean(losses)), {name: np.mean(values) for name, values in metrics.items()}
+        """Add up the gradients of batch after batch by their weights; (loss, metrics, weight of all)."""
+        weigh = getattr(self.loss_function, "weight", None)
+        source, weights, found = map(batches, indices), [1.0] * len(indices), []
+        if weigh is not None:
+            source = list(source)
+            weights = [float(weigh(batch)) for batch in source]
+        for index, batch, weight in zip(indices, source, weights):
+            loss, values = self.loss_function(self.model, batch, self._rng(index))
+            if math.isfinite(loss.item()):
+                (loss * (weight / sum(weights)) if len(indices) > 1 else loss).backward()
+            found.append((weight, {"loss": loss.item(), **values}))
+        means = weighted_means(found)
+        return means.pop("loss"), means, sum(weights)
+
+    def _of_all_ranks(self, loss, metrics, weight, samples):
+        """Make the gradients those of all ranks; their (loss, metrics, samples), and whether to stop."""
+        values = {"loss": loss, **{name: float(value) for name, value in metrics.items()}}
+        told = self.ranks.gather({"weight": weight, "values": values, "samples": samples, "stop": self._asked,
+                                  "missing": self._gradients.missing()})
+        self._stop = next((each["stop"] for each in told if each["stop"]), None)
+        self._gradients(weight / sum(each["weight"] for each in told),
+                        set.intersection(*(set(each["missing"]) for each in told)))
+        means = weighted_means([(each["weight"], each["values"]) for each in told])
+        return means.pop("loss"), means, sum(each["samples"] for each in told)
 
     def _update(self, loss, rate):
         """Clip and step, unless loss or gradient is not finite; returns the norm of the gradient."""
@@ -244,7 +270,10 @@ class Trainer:
     def _evaluate(self):
         with self.averaged(), xc.no_grad():
             self.model.eval()
-            values = {name: float(v) for name, v in self.evaluate(self.model, self.step).items()}
+            values = None
+            if self.ranks.leads:
+                values = {name: float(v) for name, v in self.evaluate(self.model, self.step).items()}
+            values = self.ranks.from_leader(values)
             self.model.train()
             monitor = self.config.monitor
             if monitor is not None and monitor not in values:
@@ -262,7 +291,7 @@ class Trainer:
         self._waited = 0 if better else self._waited + 1
         if better:
             self._best = value
-            if self.output_dir is not None:
+            if self.output_dir is not None and self.ranks.leads:
                 told = {"step": self.step, "monitor": self.config.monitor, "value": value}
                 self._best_directory().save(self.step, self.model.state_dict(), trainer=told,
                                             config=self._description())
@@ -279,15 +308,19 @@ class Trainer:
 
     def adopt(self):
         """Leave in the model the weights to hand on: the best, where a number is monitored and files are
-        written; else the averaged ones, or the last."""
+        written; else the averaged ones, or the last.  All ranks call it."""
         if self._best is not None and self.output_dir is not None:
-            self.model.load_state_dict(self._best_directory().load().model)
+            if self.ranks.leads:
+                self.model.load_state_dict(self._best_directory().load().model)
+            if self.ranks.size > 1:
+                self.model.load_state_dict(self._spread(self.model.state_dict()))
         elif self.average is not None:
             self.average.adopt()
 
     # ------------------------------------------------------------------ where batches and chance come from
     def _rng(self, index):
-        return np.random.Generator(np.random.Philox(key=np.array([self.config.seed, index], np.uint64)))
+        key, counter = np.array([self.config.seed, index], np.uint64), np.array([0, 0, 0, self.ranks.rank], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
     @contextlib.contextmanager
     def _batch_source(self):
@@ -314,19 +347,21 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """Turn the first SIGINT or SIGTERM into a request to stop; only the main thread may."""
-        self._stop = None
+        """Turn the first signal to stop into a request; only the main thread may."""
+        self._asked, self._stop = None, None
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def request(number, frame):
-            if self._stop is not None:
+            if self._asked is not None:
                 raise KeyboardInterrupt
-            self._stop = signal.Signals(number).name
-            self._line.say(f"{self._stop}: finishing this step, then saving; once more stops at once")
+            self._asked = signal.Signals(number).name
+            self._line.say(f"{self._asked}: finishing this step, then saving; once more stops at once")
 
-        earlier = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        names = ("SIGINT", "SIGTERM") + ("SIGUSR1",) * (self.ranks.size > 1)  # mpirun hands the last one on
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        earlier = {number: signal.signal(number, request) for number in numbers}
         try:
             yield
         finally:
@@ -341,16 +376,27 @@ class Trainer:
         return {"trainer": self.config.to_dict(), "run": self.describe}
 
     def save(self):
-        """Write a checkpoint of this moment; returns its folder."""
+        """Write a checkpoint of this moment.  All ranks call it; RankError if they hold different weights."""
         progress = {
             "skipped": self.skipped, "skips_in_a_row": self._skips_in_a_row, "window": self._window.state(),
             "best": self._best, "waited": self._waited,
         }  # fmt: skip
-        self._saved_at = self.step
-        return checkpoint.save(
-            self._directory(), self.step, self.model, self.optimizer, self.average, self.generators, progress,
-            self._description(),
-        )  # fmt: skip
+        self._saved_at, others = self.step, []
+        if self.ranks.size > 1:
+            chance = {name: checkpoint.generator_state(g) for name, g in self._every_generator().items()}
+            told = self.ranks.gather({"weights": checkpoint.digest(self.model.state_dict()), "chance": chance})
+            if len({each["weights"] for each in told}) > 1:
+                raise RankError(f"the ranks hold different weights after step {self.step}; resume from an earlier "
+                                "checkpoint, and look whether all machines and libraries are alike")
+            others = [each["chance"] for each in told[1:]]
+        if self.ranks.leads:
+            checkpoint.save(
+                self._directory(), self.step, self.model, self.optimizer, self.average, self.generators, progress,
+                self._description(), others,
+            )  # fmt: skip
+
+    def _every_generator(self):
+        return {**checkpoint.module_generators(self.model), **self.generators}
 
     def resume(self, step=None):
         """Load the latest whole checkpoint, or that of ``step``; raises where there is none that fits."""
@@ -362,28 +408,62 @@ class Trainer:
         self.skipped, self._skips_in_a_row = progress["skipped"], progress["skips_in_a_row"]
         self._window = Window(**progress["window"])
         self._best, self._waited, self._saved_at = progress["best"], progress["waited"], self.step
-        if trainer["threads"] != xc.get_num_threads():
-            warnings.warn(
-                f"the run used {trainer['threads']} threads, now there are {xc.get_num_threads()}: sums may "
-                "round differently, so the result is not bit for bit that of an uninterrupted run",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        self._others = trainer.get("others", [])
+        for what, saved, now in (("threads", trainer["threads"], xc.get_num_threads()),
+                                 ("ranks", len(self._others) + 1, self.ranks.size)):  # fmt: skip
+            if saved != now:
+                warnings.warn(
+                    f"the run used {saved} {what}, now there are {now}: sums may round differently, so the result "
+                    "is not bit for bit that of an uninterrupted run",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+
+    def _agree(self, resumed):
+        """Put all ranks into the state of rank 0, and give each its own generators; whether that resumed."""
+        if len(set(self.ranks.gather_bytes(repr(_as_json(self._description())).encode()))) > 1:
+            raise RankError("the ranks were started with different options, or see different data")
+        mine = {"resumed": resumed, "step": self.step, "best": self._best, "waited": self._waited,
+                "skipped": self.skipped, "skips_in_a_row": self._skips_in_a_row, "others": self._others}
+        state = self.ranks.from_leader(mine)
+        for part in (self.model, self.optimizer, self.average):
+            if part is not None:
+                part.load_state_dict(self._spread(part.state_dict()))
+        generators, others = self._every_generator(), state["others"] or []
+        if len(others) != self.ranks.size - 1:
+            own_chance(generators, self.ranks.rank)
+        elif not self.ranks.leads:
+            for name, generator in generators.items():
+                checkpoint.restore_generator(generator, others[self.ranks.rank - 1][name])
+        self.step, self._best, self._waited = state["step"], state["best"], state["waited"]
+        self.skipped, self._skips_in_a_row = state["skipped"], state["skips_in_a_row"]
+        self._saved_at = self.step if state["resumed"] else None
+        return state["resumed"]
+
+    def _spread(self, state):
+        """The arrays of rank 0 under the same names."""
+        state = {name: np.array(state[name], order="C") for name in sorted(state)}
+        for array in state.values():
+            self.ranks.spread(array)
+        return state
 
     def _check_description(self, config):
         """ConfigError if the saved run differs in anything that its numbers depend on."""
         saved, now = (config or {}).get("trainer", {}), self.config.to_dict()
         names = ("accumulate", "clip", "ema_decay", "seed", "log_every")
         differences = [f"{n} was {saved.get(n)!r}, is {now[n]!r}" for n in names if saved.get(n) != now[n]]
-        if (config or {}).get("run") != _as_json(self.describe):
-            differences.append("the description of model and data is another")
+        was, described = (config or {}).get("run"), _as_json(self.describe)
+        if was != described:
+            differences += _numbers_that_differ(was, described) or ["the description of model and data is another"]
         if differences:
             raise ConfigError(f"cannot resume {self.output_dir}: " + "; ".join(differences))
 
     def _open(self, resume, overwrite):
-        """Prepare ``output_dir``; returns whether a run was resumed."""
-        if self.output_dir is None:
-            return False
+        """Prepare ``output_dir`` and the state; returns whether a run was resumed."""
+        resumed = self.ranks.leads and self.output_dir is not None and self._open_files(resume, overwrite)
+        return resumed if self.ranks.size == 1 else self._agree(resumed)
+
+    def _open_files(self, resume, overwrite):
         if self.config.event_log:
             writer_class()  # that the extra is missing is known before anything is deleted
         directory, log = self._directory(), self.output_dir / "metrics.jsonl"
@@ -414,6 +494,14 @@ class Trainer:
             self._log.write(record)
             if self._events is not None:
                 self._events.write(record)
+
+
+def _numbers_that_differ(was, now):
+    """["batch_size was 64, is 32", …] of two dicts, as far as it is plain numbers and texts that differ."""
+    if not isinstance(was, dict) or not isinstance(now, dict):
+        return []
+    return [f"{name} was {was.get(name)!r}, is {value!r}" for name, value in now.items()
+            if was.get(name) != value and isinstance(value, (int, float, str))]
 
 
 def _as_json(value):
