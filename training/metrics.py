@@ -47,7 +47,8 @@ def wilson_interval(successes, total, z=1.959963984540054):
     share, z2 = successes / total, z * z
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = z / (1 + z2 / total) * np.sqrt(share * (1 - share) / total + z2 / (4 * total * total))
-    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    low = 0.0 if successes == 0 else max(0.0, float(centre - half))
+    return low, 1.0 if successes == total else min(1.0, float(centre + half))
 
 
 # ---------------------------------------------------------------------- ranking
@@ -86,8 +87,8 @@ def average_precision(score, label):
     return float(np.sum(np.diff(recall) * hits / taken))
 
 
-def recall_at_k(similarity, positive, k):
-    """Share of rows with a positive among the k most similar columns.
+def retrieval_ranks(similarity, positive):
+    """Rank, from 1, of the best positive of each row among the columns; inf for a row without one.
 
     similarity (N, M).  positive : (N,) column of each row's positive, or (N, M) booleans.  A negative
     as similar as the best positive counts as before it, so that collapsed embeddings score nothing.
@@ -100,7 +101,12 @@ def recall_at_k(similarity, positive, k):
         raise ShapeError(f"similarity {similarity.shape} and positives {positive.shape} must be equal")
     best = np.max(np.where(positive, similarity, -np.inf), axis=1, keepdims=True)
     ahead = np.sum(~positive & (similarity >= best), axis=1)
-    return float(np.mean(positive.any(axis=1) & (ahead < k)))
+    return np.where(positive.any(axis=1), 1.0 + ahead, np.inf)
+
+
+def recall_at_k(similarity, positive, k):
+    """Share of rows with a positive among the k most similar columns; arguments of retrieval_ranks."""
+    return float(np.mean(retrieval_ranks(similarity, positive) <= k))
 
 
 # ---------------------------------------------------------------------- calibration
@@ -230,7 +236,10 @@ def effective_rank(x):
 
     Between 1 (all rows on one line through the origin) and min(N, D).
     """
-    sigma = np.linalg.svd(np.asarray(x, dtype=np.float64), compute_uv=False)
+    x = np.asarray(x, dtype=np.float64)
+    if len(x) > 4 * x.shape[1]:
+        x = np.linalg.qr(x, mode="r")  # has the same singular values, in few rows
+    sigma = np.linalg.svd(x, compute_uv=False)
     total = sigma.sum()
     if not total:
         return 1.0
@@ -291,3 +300,41 @@ def bootstrap_interval(statistic, *arrays, rng, resamples=1000, level=0.95, grou
         return float("nan"), float("nan")
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def mean_interval(value, rng, groups=None, resamples=1000, level=0.95):
+    """``bootstrap_interval`` of a mean, for many intervals at once: the sums of whole groups are resampled.
+
+    Where the groups' means are all the same, as where everything is right, resampling shows no spread; for values
+    in [0, 1] the interval is then Wilson's (1927), with as many trials as there are groups.
+    """
+    (value,) = _vectors(value)
+    if groups is None:
+        sums, counts = value, np.ones(len(value))
+    else:
+        if len(groups) != len(value):
+            raise ShapeError(f"{len(groups)} groups for {len(value)} samples")
+        _, inverse = np.unique(np.asarray(groups), return_inverse=True)
+        sums, counts = np.bincount(inverse, value), np.bincount(inverse)
+    total, mean = len(sums), float(value.mean())
+    if np.ptp(sums / counts) <= 1e-12:
+        return wilson_interval(mean * total, total) if 0 <= mean <= 1 else (mean, mean)
+    found = []
+    for start in range(0, resamples, 100):  # a hundred at a time: a million groups must not fill the memory
+        drawn = rng.integers(0, total, (min(100, resamples - start), total))
+        found.append(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1))
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def jackknife_interval(statistic, parts, whole, t=2.2621571627409915):
+    """Interval for what a bootstrap distorts, such as a rank, which repeated rows lower (Tukey 1958).
+
+    statistic(part) is taken once without each of the ``parts``: a list of index arrays, ten of them for the default
+    ``t`` (the 97.5 % point of Student's t with 9 degrees of freedom).   whole : (n,) all indices.
+    """
+    every = float(statistic(whole))
+    left = [float(statistic(np.setdiff1d(whole, part, assume_unique=True))) for part in parts]
+    pseudo = len(parts) * every - (len(parts) - 1) * np.array(left)
+    half = t * pseudo.std(ddof=1) / np.sqrt(len(parts))
+    return every - float(half), every + float(half)

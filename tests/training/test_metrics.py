@@ -124,9 +124,17 @@ def test_recall_of_known_similarities():
     assert metrics.recall_at_k(similarity, several, 1) == pytest.approx(1 / 3)
 
 
+def test_ranks_of_known_similarities():
+    similarity = np.array([[3.0, 2.0, 1.0], [3.0, 2.0, 1.0], [1.0, 1.0, 1.0]])
+    assert metrics.retrieval_ranks(similarity, np.array([0, 1, 2])).tolist() == [1, 2, 3]
+    several = np.array([[0, 0, 1], [1, 0, 1], [0, 0, 0]], bool)
+    assert metrics.retrieval_ranks(similarity, several).tolist() == [3, 1, np.inf]
+
+
 def test_effective_rank_counts_directions():
     for rank in (1, 3, 8):
         assert metrics.effective_rank(np.eye(8)[:rank]) == pytest.approx(rank)
+        assert metrics.effective_rank(np.tile(np.eye(8)[:rank], (50, 1))) == pytest.approx(rank)
     assert metrics.effective_rank(np.outer(np.arange(1, 9), np.ones(4))) == pytest.approx(1)
     assert metrics.effective_rank(np.zeros((3, 3))) == 1
 
@@ -158,6 +166,25 @@ def test_bootstrap_of_groups_is_wider_where_members_are_copies():
     assert wide[1] - wide[0] > 3 * (high - low)
 
 
+def test_the_fast_interval_of_a_mean_is_the_bootstrap():
+    rng = np.random.default_rng(0)
+    value, groups = rng.random(400) < 0.8, rng.integers(0, 60, 400)
+    fast = metrics.mean_interval(value, np.random.default_rng(1), groups, 4000)
+    slow = metrics.bootstrap_interval(np.mean, value, rng=np.random.default_rng(2), resamples=4000, groups=groups)
+    np.testing.assert_allclose(fast, slow, atol=0.004)
+    assert fast == metrics.mean_interval(value, np.random.default_rng(1), groups, 4000)
+    assert metrics.mean_interval(np.ones(40), rng, np.arange(40) // 4) == metrics.wilson_interval(10, 10)
+    assert metrics.mean_interval([7.0, 7.0], rng) == (7, 7)
+
+
+def test_the_jackknife_of_a_mean_is_the_interval_of_its_parts_means():
+    x = np.random.default_rng(0).standard_normal(50)
+    parts = np.arange(50).reshape(10, 5)
+    low, high = metrics.jackknife_interval(lambda rows: x[rows].mean(), list(parts), np.arange(50))
+    half = 2.2621571627409915 * x.reshape(10, 5).mean(axis=1).std(ddof=1) / np.sqrt(10)
+    assert (low, high) == (pytest.approx(x.mean() - half), pytest.approx(x.mean() + half))
+
+
 def test_wilson_interval_at_the_ends():
     assert metrics.wilson_interval(0, 10) == pytest.approx((0, 0.2775328), abs=1e-6)
     assert metrics.wilson_interval(10, 10) == pytest.approx((0.7224672, 1), abs=1e-6)
@@ -174,6 +201,7 @@ def test_accuracy_by_group():
     (lambda: metrics.expected_calibration_error([1.2], [1]), ConfigError),
     (lambda: metrics.accuracy([1, 2], [1]), ShapeError),
     (lambda: metrics.wilson_interval(3, 2), ConfigError),
+    (lambda: metrics.mean_interval([1, 0], np.random.default_rng(0), groups=[1]), ShapeError),
     (lambda: metrics.recall_at_k(np.ones((2, 3)), np.ones((2, 2), bool), 1), ShapeError),
 ])  # fmt: skip
 def test_nonsense_is_refused(bad, error):

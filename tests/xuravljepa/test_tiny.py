@@ -5,9 +5,9 @@ import hashlib
 import numpy as np
 import pytest
 
-from training import evaluate
 from training.data.dataset import Dataset
 from training.data.strange import strange_image
+from training.evaluation.answering import answers_of, by_type
 from training.phases.common import FeatureStore
 from xuracore import io
 from xuravljepa.agent.agent import Agent
@@ -32,10 +32,10 @@ def test_it_answers_from_pixels_and_not_from_the_question(agent):
     rows = Dataset.scenes("test", 40, start=5000).rows
     truth = np.array([row.answer for row in rows])
     features = FeatureStore(agent.model, rows)
-    found = evaluate.by_type(rows, evaluate.answers_of(agent.model, rows, features) == truth)
+    found = by_type(rows, answers_of(agent.model, rows, features) == truth)
     assert found["non-relational"][0] >= 0.97 and found["relational"][0] >= 0.92
     other = np.random.default_rng(0).permutation(len(rows))
-    blind = evaluate.by_type(rows, evaluate.answers_of(agent.model, rows, features, other) == truth)
+    blind = by_type(rows, answers_of(agent.model, rows, features, other) == truth)
     assert blind["non-relational"][0] <= 0.55 and blind["relational"][0] <= 0.55
 
 

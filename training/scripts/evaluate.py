@@ -1,84 +1,216 @@
-"""Measure a model and its agent on held-out generated scenes, beside priors and controls."""
+"""Measure a model and its agent on what no training saw, beside priors and controls, with intervals and a page."""
 
 import argparse
-import json
+import hashlib
+import platform
+import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 if not __package__:  # run by path: import the packages that this script lies beside
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from training import evaluate, options
-from xuracore import io, set_num_threads
+import numpy as np
+
+from training import eval_page, options
+from training.evaluation import agent as agent_reports
+from training.evaluation import answers, classes, health, material, retrieval, tables, words
+from training.evaluation.answering import Intervals, ask_each, picture_numbers, read
+from training.phases.common import FeatureStore
+from xuracore import __version__, io, set_num_threads
+from xuracore.errors import ConfigError, FormatError
 from xuravljepa.agent.agent import Agent, load_heads
+from xuravljepa.model import CAPTION_QUERY, SHIPPED
 
 EPILOG = """\
+jobs (--only takes one or more):
+  answers     nearest known answer per question type, beside the question-only prior, the shuffled-picture control,
+              permuted answers; on generated scenes also unseen wording, held-out combinations, corrupted pictures
+  classes     open-vocabulary classification: classes are embedded from their names in several templates
+  retrieval   pictures to captions and back: recall at 1, 5, 10, median and mean rank
+  words       what the Y-Decoder writes: answers, and captions where it was taught any
+  health      effective rank, spread, cosines, alignment, uniformity; alarms of collapse
+  doubt, tools, injection   the agent, on generated scenes
+
+Intervals (95 %) come from resampling whole pictures.  The same command writes the same bytes.
+
 examples:
-  python training/scripts/evaluate.py                                the shipped model
-  python training/scripts/evaluate.py --model runs/tiny/agent/model --json result.json
+  xura eval                                                          the shipped model
+  xura eval --model runs/tiny/agent/model --json result.json --html result.html
+  xura eval --data-dir my/pictures --model runs/jepa/model --html result.html
+  xura eval --data-dir my/pictures --only classes --names classes.txt --query "what is in the image?"
 """
-COLUMNS = ("test", "prior", "shuffled", "paraphrase", "ood", "corrupt")
+MODEL_JOBS = ("answers", "classes", "retrieval", "words", "health")
+AGENT_JOBS = ("doubt", "tools", "injection")
+CLASS_TYPES = ("shape", "colour_of_shape")  # of the generated questions: those whose answer names a class
+MAX_LIST_BYTES = 1_000_000
 
 
-def scene_table(report):
-    """Lines of text: a row per question type, its accuracy beside every control, in percent."""
-    order = ["non-relational", "relational"] + [name for name in report if "relational" not in name]
-    lines = ["question type      questions " + "".join(f"{name:>11s}" for name in COLUMNS)]
-    for name in order:
-        cells = "".join(f"{100 * report[name][c][0]:11.1f}" if c in report[name] else " " * 11 for c in COLUMNS)
-        lines.append(f"{name:18s} {report[name]['test'][1]:9d} {cells}")
-    return "\n".join(lines)
-
-
-def dict_table(report, indent=""):
-    """Nested numbers as aligned lines."""
-    lines = []
-    for name, value in report.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{name}", dict_table(value, indent + "  ")]
-        else:
-            shown = f"{value:.4f}" if isinstance(value, float) else value
-            lines.append(f"{indent}{name:32s} {shown}")
-    return "\n".join(lines)
-
-
-def main(argv=None):
+def make_parser():
     parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tiny", metavar="DIR", help="folder of a model, or 'tiny' (default)")
-    parser.add_argument("--scenes", type=options.positive, default=600, metavar="N", help="test scenes (default 600)")
-    parser.add_argument("--data-seed", type=int, default=0, metavar="N")
-    parser.add_argument("--only", choices=("scenes", "doubt", "tools", "injection"), help="one part instead of all")
-    parser.add_argument("--heads", metavar="DIR", help="other heads to compare the injection with, from a run of "
-                        "train_agent.py --injection-mode residual or --stage injection")
-    parser.add_argument("--json", metavar="FILE", help="write all numbers there")
-    parser.add_argument("--threads", type=options.positive, metavar="N")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    args = parser.parse_args(argv)
-    if args.threads:
-        set_num_threads(args.threads)
-    agent = Agent.from_pretrained(args.model)
-    seed, result = args.data_seed, {}
-    wanted = (args.only,) if args.only else ("scenes", "doubt", "tools", "injection")
-    if "scenes" in wanted:
-        result["scenes"] = evaluate.scene_report(agent.model, args.scenes, seed)
-        print(f"Answers from pixels, percent right\n{scene_table(result['scenes'])}\n")
-    if agent.trained and "doubt" in wanted:
-        result["doubt"] = evaluate.doubt_report(agent.model, agent.heads, args.scenes, seed)
-        print(f"Knowing when it is wrong\n{dict_table(result['doubt'], '  ')}\n")
-    if agent.trained and len(agent.tools) and "tools" in wanted:
-        result["tools"] = evaluate.tool_report(agent, max(args.scenes // 2, 1), seed,
-                                               options.counter(args, "tool questions asked"))
-        print(f"Questions that need a tool\n{dict_table(result['tools'], '  ')}\n")
-    if agent.trained and agent.heads.config.cards and "injection" in wanted:
-        result["injection"] = evaluate.injection_report(agent.model, agent.heads, max(args.scenes // 3, 1), seed)
-        print(f"Taking in what a tool said\n{dict_table(result['injection'], '  ')}\n")
+    parser.add_argument("--only", nargs="+", choices=(*MODEL_JOBS, *AGENT_JOBS, "scenes"), metavar="JOB",
+                        help=f"{', '.join((*MODEL_JOBS, *AGENT_JOBS))}; 'scenes' is 'answers' on generated scenes")
+    group = parser.add_argument_group("what to measure on")
+    group.add_argument("--scenes", type=options.positive, default=600, metavar="N",
+                       help="generated test scenes (default 600)")
+    group.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed of the generated scenes")
+    group.add_argument("--data-dir", metavar="DIR",
+                       help="your own data instead: folder (or file) with manifest.jsonl")
+    group.add_argument("--split", metavar="NAME", help="which rows of it, or 'all' (default: test, else val, else "
+                       "every tenth picture, which training holds out)")
+    group.add_argument("--limit", type=options.positive, metavar="N", help="pictures at most")
+    group.add_argument("--max-bad-fraction", type=float, default=0.0,
+                       help="share of bad rows to skip before giving up")
+    group = parser.add_argument_group("how")
+    group.add_argument("--names", metavar="FILE", help="class names, one a line (default: the answers in the data)")
+    group.add_argument("--templates", metavar="FILE", help="sentences with {} for the name, one a line; the mean of "
+                       f"their embeddings is the class (default: {', '.join(classes.TEMPLATES)})")
+    group.add_argument("--query", metavar="TEXT", help="one question for every picture when classifying (default: "
+                       "each row's own)")
+    group.add_argument("--caption-query", default=CAPTION_QUERY, metavar="TEXT",
+                       help=f"the question that asks for a caption (default {CAPTION_QUERY!r})")
+    group.add_argument("--heads", metavar="DIR", help="other heads to compare the injection with, from a run of "
+                       "train_agent.py --injection-mode residual or --stage injection")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the controls and intervals (default 0)")
+    group.add_argument("--resamples", type=options.positive, default=1000, metavar="N", help="default 1000")
+    group = parser.add_argument_group("results")
+    group.add_argument("--json", metavar="FILE", help="write all numbers there")
+    group.add_argument("--html", metavar="FILE", help="write a page with pictures of right and wrong answers")
+    group.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here")
+    group.add_argument("--threads", type=options.positive, metavar="N")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def lines_of(path):
+    """The lines of a text file that are not blank; FormatError for what is no such file."""
+    try:
+        with open(path, "rb") as file:
+            content = file.read(MAX_LIST_BYTES + 1)
+        text = content.decode("utf-8")
+    except UnicodeDecodeError:
+        raise FormatError("is not UTF-8 text", path) from None
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(content) > MAX_LIST_BYTES or not lines:
+        raise FormatError(f"expected some lines, at most {MAX_LIST_BYTES} bytes of them", path)
+    return lines
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def about(args, argv, chosen):
+    """What was measured on what, and by which command; nothing that changes from run to run."""
+    folder = Path(args.model) if Path(args.model).exists() else SHIPPED / args.model
+    weights = folder / "model.safetensors"
+    asked = len(chosen.rows)
+    return {
+        "command": shlex.join(["xura", "eval", *argv]),
+        "model": {"name": args.model, "sha256": file_sha256(weights) if weights.is_file() else None},
+        "data": {"name": chosen.name, "sha256": chosen.sha256(), "questions": asked,
+                 "pictures": len(np.unique(picture_numbers(chosen.rows))) if asked else 0,
+                 "captions": len(chosen.captions), "notes": list(chosen.notes)},
+        "versions": {"xura": __version__, "numpy": np.__version__, "python": platform.python_version()},
+        "seed": args.seed, "resamples": args.resamples,
+    }
+
+
+def measure_model(args, agent, chosen, wanted):
+    """({job: report}, Answers or None, FeatureStore) of the jobs that need no tools: one pass of the X-Encoder."""
+    model, result, said = agent.model, {}, None
+    intervals = Intervals(args.seed, args.resamples)
+    features = FeatureStore(model, chosen.every_row(), report=options.counter(args, "pictures encoded"),
+                            cache=args.feature_cache)
+    asked = options.counter(args, "questions answered")
+    heads = agent.heads if agent.trained else None
+    answerable = chosen.rows and (model.config.answers or all(row.choices for row in chosen.rows))
+    if answerable and {"answers", "words", "health"} & set(wanted):
+        if "answers" in wanted:
+            result["answers"], said = answers.measure(model, chosen, features, intervals, heads, asked)
+        else:
+            said = read(model, chosen.rows, features, heads=heads, report=asked)
+    elif "answers" in wanted:
+        result["answers"] = {"skipped": "there are no questions about pictures, or the model was taught no answers"}
+    if "classes" in wanted:
+        rows = [row for row in chosen.rows if not chosen.generated or row.type in CLASS_TYPES]
+        names = lines_of(args.names) if args.names else None
+        templates = lines_of(args.templates) if args.templates else classes.TEMPLATES
+        result["classes"] = classes.measure(model, rows, features, intervals, names, templates, args.query)
+    if "retrieval" in wanted:
+        result["retrieval"] = retrieval.measure(model, chosen.captions, features, intervals, args.caption_query)
+    if "words" in wanted:
+        result["words"] = words.measure(model, said, chosen.captions, features, intervals, args.caption_query,
+                                        report=options.counter(args, "texts written"))
+    if "health" in wanted:
+        if said is None:
+            said_of = caption_readings(model, chosen.captions, features, args.caption_query)
+        result["health"] = health.measure(model, said or said_of, features, intervals)
+    return result, said, features
+
+
+def caption_readings(model, rows, features, query):
+    """Answers to the caption query, each picture's caption taken for the answer: what health looks at without any."""
+    kept, _ = retrieval.readable(model, rows)
+    rows = ask_each(kept, query)
+    if not rows:
+        raise ConfigError("there is nothing to measure: no question that the model could answer, and no caption that "
+                          "it could read")
+    return read(model, [replace(row, answer=row.caption, answers=(row.caption,)) for row in rows], features)
+
+
+def measure_agent(args, agent, wanted, features):
+    """{job: report} of the jobs on tool questions."""
+    result, seed = {}, args.data_seed
+    if "doubt" in wanted:
+        result["doubt"] = agent_reports.doubt_report(agent.model, agent.heads, args.scenes, seed, features)
+    if len(agent.tools) and "tools" in wanted:
+        result["tools"] = agent_reports.tool_report(agent, max(args.scenes // 2, 1), seed,
+                                                    options.counter(args, "tool questions asked"))
+    if agent.heads.config.cards and "injection" in wanted:
+        scenes = max(args.scenes // 3, 1)
+        result["injection"] = agent_reports.injection_report(agent.model, agent.heads, scenes, seed)
         if args.heads:
             other = load_heads(agent.model, args.heads)
-            result["compared"] = evaluate.injection_report(agent.model, other, max(args.scenes // 3, 1), seed)
-            print(f"The same with {args.heads}\n{dict_table(result['compared'], '  ')}\n")
+            result["compared"] = agent_reports.injection_report(agent.model, other, scenes, seed)
+    return result
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = make_parser().parse_args(argv)
+    if args.threads:
+        set_num_threads(args.threads)
+    jobs = MODEL_JOBS if args.data_dir else (*MODEL_JOBS, *AGENT_JOBS)
+    wanted = ["answers" if job == "scenes" else job for job in args.only] if args.only else jobs
+    foreign = [job for job in wanted if job not in jobs]
+    if foreign:
+        raise ConfigError(f"--only {foreign[0]} needs generated tool questions; leave out --data-dir")
+    for file in (args.json, args.html):
+        if file and not Path(file).resolve().parent.is_dir():
+            raise FormatError("there is no such folder to write into", Path(file).parent)
+    agent = Agent.from_pretrained(args.model)
+    if args.data_dir:
+        chosen = material.own(args.data_dir, args.split, args.limit, args.max_bad_fraction)
+    else:
+        options.say(args, f"no --data-dir: generating {args.scenes} test scenes (seed {args.data_seed})")
+        chosen = material.generated(args.scenes, args.data_seed)
+    result, said, features = {"about": about(args, argv, chosen)}, None, None
+    if set(wanted) & set(MODEL_JOBS):
+        found, said, features = measure_model(args, agent, chosen, wanted)
+        result.update(found)
+    if agent.trained and set(wanted) & set(AGENT_JOBS):
+        result.update(measure_agent(args, agent, wanted, features))
+    print(tables.text(result))
     if args.json:
         io.save_json(Path(args.json), result)
+    if args.html:
+        eval_page.write_html(args.html, result, said)
+        options.say(args, f"page: {args.html}")
     return 0
 
 

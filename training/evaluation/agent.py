@@ -1,7 +1,6 @@
-"""How good a model and its agent are on generated scenes, beside priors and controls.
+"""The agent on generated scenes: doubt beside max-softmax, tools beside their controls, and taking in what they say.
 
-Everything here is measured on splits that no training touched: ``test`` scenes, ``ood`` scenes whose asked-
-about objects have held-out colour × shape pairs, ``corrupt`` ones, and tool keys of the pool ``test``.
+Everything here is measured on splits that no training touched: ``test`` scenes and tool keys of the pool ``test``.
 """
 
 import dataclasses
@@ -10,69 +9,22 @@ import numpy as np
 
 from training import metrics
 from training.data.dataset import Dataset
-from training.data.priors import QuestionOnlyPrior
-from training.data.questions import RELATIONAL
 from training.phases import agent as phase
 from training.phases.common import FeatureStore
-from training.phases.jepa import Example, collate
 from xuracore import no_grad
 from xuravljepa.agent.recursion import RecursionConfig
 from xuravljepa.agent.tools import Usefulness
 
-KIND = {True: "relational", False: "non-relational"}
 
+def doubt_report(model, heads, scenes=500, seed=0, features=None):
+    """The monitor on test scenes and test keys: AUROC, ECE, coverage at risks, beside max-softmax.
 
-@no_grad()
-def answers_of(model, rows, features, visual_of=None, batch_size=128):
-    """The model's answers (n,) to rows; ``visual_of`` (n,) indices takes other rows' pictures instead."""
-    model.forget_bank()
-    known, said = np.array(model.config.answers), []
-    for start in range(0, len(rows), batch_size):
-        chosen = rows[start : start + batch_size]
-        batch = collate(model, [Example(row, row.answer, None) for row in chosen], features)
-        if visual_of is not None:
-            batch["visual"] = features([rows[i] for i in visual_of[start : start + batch_size]])
-        embedding = model.predictor(batch["query"], batch["visual"]).embedding
-        said.append(known[model.similarities(embedding).argmax(axis=1)])
-    return np.concatenate(said)
-
-
-def by_type(rows, right):
-    """{type: (accuracy, count)}, with "relational" and "non-relational" over their questions."""
-    found = {}
-    for row, hit in zip(rows, right):
-        for name in (row.type, KIND[row.type in RELATIONAL]):
-            found.setdefault(name, []).append(hit)
-    return {name: (float(np.mean(hits)), len(hits)) for name, hits in sorted(found.items())}
-
-
-def scene_report(model, scenes=600, seed=0, report=None):
-    """Per type: accuracy, the question-only prior, shuffled pictures, held-out pairs, corrupted pictures."""
-    prior = QuestionOnlyPrior(Dataset.scenes("train", 8000, seed))
-    columns = {}
-    for split in ("test", "ood", "corrupt"):
-        rows = Dataset.scenes(split, scenes if split == "test" else scenes // 2, seed).rows
-        features = FeatureStore(model, rows, report=report)
-        truth = np.array([row.answer for row in rows])
-        columns[split] = by_type(rows, answers_of(model, rows, features) == truth)
-        if split == "test":
-            guessed = np.array([prior.answer(row.query, row.type) for row in rows])
-            columns["prior"] = by_type(rows, guessed == truth)
-            other = np.random.default_rng(seed).permutation(len(rows))
-            columns["shuffled"] = by_type(rows, answers_of(model, rows, features, other) == truth)
-            worded = Dataset.scenes("test", scenes // 2, seed, templates="paraphrase").rows
-            columns["paraphrase"] = by_type(
-                worded, answers_of(model, worded, features) == np.array([row.answer for row in worded]))
-    return {name: {column: values[name] for column, values in columns.items() if name in values}
-            for name in columns["test"]}
-
-
-def doubt_report(model, heads, scenes=500, seed=0, report=None):
-    """The monitor on test scenes and test keys: AUROC, ECE, coverage at risks, beside max-softmax."""
+    features : a FeatureStore that has these scenes, if there is one.
+    """
     plain = Dataset.scenes("test", scenes, seed).rows
     plain = plain[:: max(1, len(plain) // (6 * scenes))]
     rows = [*plain, *Dataset.tools("test", scenes, seed, pools=("known", "test")).rows]
-    features = FeatureStore(model, rows, report=report)
+    features = FeatureStore(model, rows) if features is None else features
     found = phase.gather_readings(model, heads, rows, features, inject=False)
     wrong, p = found["wrong"], heads.monitor.p_wrong(found["features"])
     tool = np.array([rows[i].tool is not None for i in found["row"]])

@@ -1,0 +1,97 @@
+"""Which rows are measured: generated splits, or a person's own data; and what the question-only prior learns from."""
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from training.data.dataset import Dataset
+from training.phases.common import image_key
+from xuracore.errors import ConfigError
+from xuravljepa.feature_cache import picture_digest
+
+PRIOR_SCENES = 4000
+
+
+@dataclass(frozen=True)
+class Material:
+    """What to measure on.
+
+    rows : questions with answers about pictures.   prior_rows : rows of training, for the question-only prior.
+    splits : {column: further rows} that are measured beside them.   captions : rows with a picture and a caption.
+    notes : what a reader should know about the choice.
+    """
+
+    name: str
+    rows: tuple
+    prior_rows: tuple
+    captions: tuple = ()
+    splits: dict = field(default_factory=dict)
+    generated: bool = False
+    notes: tuple = ()
+
+    def every_row(self):
+        """All rows whose pictures are needed."""
+        return [*self.rows, *self.captions, *(row for rows in self.splits.values() for row in rows)]
+
+    def sha256(self):
+        """SHA-256 of all texts, of what the pictures are, and of the bytes of those that are files."""
+        rows = self.every_row()
+        digest = hashlib.sha256(Dataset(self.name, rows).fingerprint().encode())
+        for path in sorted({row.image for row in rows if isinstance(row.image, Path)}):
+            digest.update(picture_digest(path))
+        return digest.hexdigest()
+
+
+def generated(scenes, seed=0):
+    """Held-out scenes; "paraphrase", "ood" and "corrupt" have half as many."""
+    half = max(scenes // 2, 1)
+    return Material(
+        f"{scenes} generated scenes of the split 'test', seed {seed}",
+        Dataset.scenes("test", scenes, seed).rows,
+        Dataset.scenes("train", PRIOR_SCENES, seed).rows,
+        Dataset.captions("test", scenes, seed).rows,
+        {"paraphrase": Dataset.scenes("test", half, seed, templates="paraphrase").rows,
+         "ood": Dataset.scenes("ood", half, seed).rows,
+         "corrupt": Dataset.scenes("corrupt", half, seed).rows},
+        generated=True)
+
+
+def own(path, split=None, limit=None, max_bad_fraction=0.0):
+    """A person's own data: the split asked for; else test, else validation, else what training held out.
+
+    split : a name, or "all".   limit : pictures at most, the first ones.
+    Raises ConfigError where no row can be measured.
+    """
+    every = Dataset.manifest(path, max_bad_fraction=max_bad_fraction).rows
+    rows, chosen = [row for row in every if row.image is not None], split
+    if split is None:
+        found = {row.split for row in rows}
+        chosen = next((name for name in ("test", "val", "validation") if name in found), None)
+    notes = []
+    if split == "all":
+        picked = rows
+    elif chosen is not None:
+        picked = [row for row in rows if row.split == chosen]
+    else:  # as training does: every tenth picture
+        held = set(sorted({str(row.image) for row in rows})[::10])
+        picked = [row for row in rows if str(row.image) in held]
+        chosen = "every tenth picture, which training holds out"
+    if not picked:
+        names = ", ".join(sorted({str(row.split) for row in rows})) or "none"
+        raise ConfigError(f"{path}: no row with a picture has the split {split!r}; there are: {names}")
+    pictures = list(dict.fromkeys(image_key(row) for row in picked))
+    if limit is not None and len(pictures) > limit:
+        notes.append(f"the first {limit} of {len(pictures)} pictures, as --limit asks")
+        kept = set(pictures[:limit])
+        picked = [row for row in picked if image_key(row) in kept]
+    asked = {id(row) for row in picked}
+    prior = [row for row in rows if id(row) not in asked and row.query and row.split in (None, "train")]
+    if not prior:
+        prior = [row for row in picked if row.query]
+        notes.append("there are no training rows here: the question-only prior was counted on the measured rows "
+                     "themselves, which flatters it")
+    left = len(every) - len(rows)
+    if left:
+        notes.append(f"{left} rows without a picture were left out")
+    return Material(f"{path}, {chosen or 'all rows'}", tuple(row for row in picked if row.query and row.answer),
+                    tuple(prior), tuple(row for row in picked if row.caption), notes=tuple(notes))
