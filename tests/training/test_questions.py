@@ -68,7 +68,7 @@ def alone_on_side(this, query, colour):
 def in_order(query, colours, after):
     """The two colours, the one that is said to come first in front."""
     words = set(re.findall(r"\w+", query))
-    swapped = bool(words & after) != bool(words & {"seen", "looking"})
+    swapped = bool(words & after) != bool(words & {"seen", "compared"})
     return colours[::-1] if swapped else colours
 
 

@@ -34,6 +34,16 @@ def test_no_wording_of_training_is_within_a_word_of_one_of_the_test(name):
         assert not [words for words in trained if shortened(words) & near], unseen
 
 
+def test_half_of_the_test_has_words_that_training_never_says():
+    templates = {name: kind.templates for name, kind in QUESTION_TYPES.items()}
+    patterns = [pattern for name in WIDE for pattern in WIDE[name] + templates.get(name, ())]
+    patterns += [*wordings._OPENINGS, *wordings._REQUESTS, *wordings._CLOSINGS]
+    said = {word for pattern in patterns for text in sentences(parse(pattern)) for word in re.findall(r"\w+", text)}
+    new = [bool(set(re.findall(r"\w+", re.sub(r"{\w+}", "", text))) - said)
+           for name in UNSEEN for text in UNSEEN[name]]
+    assert sum(new) >= len(new) / 2
+
+
 def undressed(words):
     """The words, and what is left without an opening or an end that training may add."""
     found = [words]
