@@ -5,8 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-import xuracore as xc
-from training import optim, schedules
+from training import optim, parallel, schedules
 from training.config_file import ConfigParser, resolved, write_resolved
 from training.loop import Trainer, TrainerConfig
 from xuracore import io
@@ -64,8 +63,11 @@ def training_parser(description, epilog, **defaults):
     group.add_argument("--overwrite", action="store_true", help="start afresh where --output-dir holds a run")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="default 0")
     group.add_argument("--threads", type=positive, metavar="N", help="default: what this process may use")
+    group.add_argument("--mpi", action="store_true", help="use MPI even if no known launcher started several processes "
+                       "(needs the extra 'mpi')")
     group.add_argument("--save-every", type=int, default=500, metavar="STEPS")
-    group.add_argument("--evaluate-every", "--eval-every", type=int, default=0, metavar="STEPS", help="0: only at the end")
+    group.add_argument("--evaluate-every", "--eval-every", type=int, default=0, metavar="STEPS",
+                       help="0: only at the end")
     group.add_argument("--log-every", type=positive, default=20, metavar="STEPS")
     group.add_argument("--tensorboard", action="store_true", help="also write event files, into OUTPUT_DIR/events "
                        "(needs the extra 'tensorboard')")
@@ -93,9 +95,11 @@ def say(args, text):
 
 
 def prepare(args):
-    """Settle what depends on --tiny, and the number of threads; ConfigError for options that contradict."""
-    if args.threads:
-        xc.set_num_threads(args.threads)
+    """Settle ranks, threads and what depends on --tiny; ConfigError for options that contradict."""
+    args._ranks = parallel.ranks(args.mpi)
+    if not args._ranks.leads:
+        args.quiet = True
+    parallel.set_threads(args._ranks, args.threads)
     defaults = args._defaults
     args.batch_size = args.batch_size or defaults["batch_size"]
     if args.resume not in (None, "latest"):
@@ -107,9 +111,15 @@ def prepare(args):
                               + ("" if args.monitor else " and --monitor NAME"))
 
 
+def whole_batch(args):
+    """Samples in a batch of all ranks together; --batch-size is that of each."""
+    return args.batch_size * args._ranks.size
+
+
 def dry_run(args, **facts):
     """With --dry-run: print the options as they were understood and what the script knows; returns whether."""
-    if args.dry_run:
+    if args.dry_run and args._ranks.leads:
+        facts.update({} if args._ranks.size == 1 else {"ranks": args._ranks.size})
         steps = {"steps": args.steps or args._defaults["steps"]} if not args.epochs else {"epochs": args.epochs}
         print(json.dumps({"would_train": {**facts, **steps}, "options": resolved(args)}, indent=2))
     return args.dry_run
@@ -155,9 +165,16 @@ def train(module, loss_function, batches, args, *, lr_scales=None, evaluate=None
     )
     trainer = Trainer(module, loss_function, optimizer, schedule, batches, config, output_dir or args.output_dir,
                       evaluate=evaluate, after_step=after_step, describe=describe,
-                      stream=None if args.quiet else sys.stderr)
+                      stream=None if args.quiet else sys.stderr, ranks=args._ranks)
     trainer.when_open = lambda: write_resolved(args, args.output_dir)
     return trainer.run(resume=bool(args.resume), overwrite=args.overwrite), trainer
+
+
+def finish(args, trainer, model, evaluate):
+    """Hand on what a complete run found: adopt the weights on all ranks, ``evaluate()`` and save on the first."""
+    trainer.adopt()
+    if args._ranks.leads:
+        keep_result(args, model, evaluate())
 
 
 def keep_result(args, model, metrics):

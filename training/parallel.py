@@ -199,7 +199,20 @@ def _give_up(ranks, error):
     ranks.abort(code)
 
 
-# ---------------------------------------------------------------------- a step of all
+# ---------------------------------------------------------------------- work that is shared
+def shared(function, ranks):
+    """``function`` of rows, which returns an array with a row for each, computed by each rank for its part."""
+    if ranks.size == 1:
+        return function
+
+    def in_parts(rows):
+        own = ranks.part(len(rows))
+        some = rows[own] if own.start < own.stop else rows[:1]  # one row more, where only its shape counts
+        return ranks.gather_rows(function(some)[: own.stop - own.start])
+
+    return in_parts
+
+
 class GradientSum:
     """Adds up the gradients of some parameters over the ranks, flattened into one array per type."""
 

@@ -12,6 +12,7 @@ Two stages, each an ordinary training run:
 import numpy as np
 
 from training.data.strange import strange_image
+from training.parallel import ALONE
 from training.phases.common import RowBatches, generator
 from training.phases.jepa import Example, collate
 from xuracore import no_grad, ops
@@ -24,19 +25,21 @@ class InjectionBatches:
     """Tool questions with what a tool says, and plain questions that need no tool.
 
     {"query", "visual", "said" (texts, one per tool row), "answers", "tools" (names or None)}; tool rows come
-    first.  Half of the numbers said are random, so that nothing can be known but by listening.
+    first.  Half of the numbers said are random, so that nothing can be known but by listening.   ranks : those that
+    share each batch; this one gives its part of it.
     """
 
-    def __init__(self, model, tool_rows, plain_rows, features, batch_size, seed=0, numbers=31):
+    def __init__(self, model, tool_rows, plain_rows, features, batch_size, seed=0, numbers=31, ranks=ALONE):
         self._model, self._features, self._numbers, self._seed = model, features, numbers, seed
         self._tools = RowBatches(tool_rows, batch_size, seed)
-        self._plain = RowBatches(plain_rows, max(batch_size // 2, 1), seed + 1)
+        self._plain, self._ranks = RowBatches(plain_rows, max(batch_size // 2, 1), seed + 1), ranks
 
     def batch(self, step):
         rng = generator(self._seed, 3, step)
         tool_rows, plain_rows = self._tools.rows_of(step), self._plain.rows_of(step)
         said = [str(rng.integers(self._numbers)) if row.answer.isdigit() and rng.random() < 0.5
-                else str(row.tool["result"]) for row in tool_rows]
+                else str(row.tool["result"]) for row in tool_rows][self._ranks.part(len(tool_rows))]
+        tool_rows, plain_rows = (rows[self._ranks.part(len(rows))] for rows in (tool_rows, plain_rows))
         rows = [*tool_rows, *plain_rows]
         batch = collate(self._model, [Example(row, row.answer, None) for row in rows], self._features)
         return {"query": batch["query"], "visual": batch["visual"], "said": said, "answers": said,
@@ -169,12 +172,12 @@ def strange_readings(model, heads, rows, count, seed=0, batch_size=64):
 class ReadingBatches:
     """{"features", "wrong"}: readings in an order that is a function of (seed, step)."""
 
-    def __init__(self, features, wrong, batch_size, seed=0):
-        self._features, self._wrong = features, wrong
+    def __init__(self, features, wrong, batch_size, seed=0, ranks=ALONE):
+        self._features, self._wrong, self._part = features, wrong, ranks.part(batch_size)
         self._batches = RowBatches(range(len(wrong)), batch_size, seed)
 
     def batch(self, step):
-        chosen = self._batches.rows_of(step)
+        chosen = self._batches.rows_of(step)[self._part]
         return {"features": self._features[chosen], "wrong": self._wrong[chosen]}
 
 

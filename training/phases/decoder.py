@@ -9,10 +9,11 @@ because at inference it sees predictions, not targets.
 
 import numpy as np
 
+from training.parallel import ALONE
 from training.phases.common import RowBatches, generator
 from training.phases.jepa import Example, collate
 from xuracore import no_grad
-from xuravljepa.tokenizer import BOS, EOS, ByteTokenizer, pad_rows
+from xuravljepa.tokenizer import BOS, EOS, PAD, ByteTokenizer, pad_rows
 
 
 @no_grad()
@@ -30,10 +31,11 @@ def predict(model, rows, features, batch_size=256, tool=False):
 class AnswerBatches:
     """{"embedding" (B, E), "tokens" (B, L) from BOS to EOS}, a pure function of (seed, step).
 
-    rows whose predicted answer is wrong teach nothing about wording and are left out.
+    rows whose predicted answer is wrong teach nothing about wording and are left out.   ranks : those that share
+    each batch; this one gives its part of it.
     """
 
-    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05):
+    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05, ranks=ALONE):
         unique = sorted({row.answer for row in rows})
         with no_grad():
             targets = model.encode_answers(unique).data
@@ -42,7 +44,7 @@ class AnswerBatches:
         kept = [i for i, row in enumerate(rows) if nearest[i] == place[row.answer]]
         self._predicted, self._targets, self._place = predicted, targets, place
         self._rows, self._noise, self._seed = rows, noise, seed
-        self._batches = RowBatches(kept, batch_size, seed)
+        self._batches, self._part = RowBatches(kept, batch_size, seed), ranks.part(batch_size)
 
     def __len__(self):
         return len(self._batches)
@@ -57,13 +59,18 @@ class AnswerBatches:
         noise = rng.standard_normal(predicted.shape) * (self._noise / np.sqrt(predicted.shape[1]))
         mixed = share * target + (1 - share) * predicted + noise
         mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
-        return {"embedding": mixed.astype(np.float32), "tokens": answer_tokens(answers)}
+        return {"embedding": mixed[self._part].astype(np.float32), "tokens": answer_tokens(answers[self._part])}
 
 
 def answer_tokens(answers):
     """(B, L) ids, BOS … EOS, padded with PAD."""
     tokenizer = ByteTokenizer()
     return pad_rows([[BOS, *tokenizer.encode(text), EOS] for text in answers])
+
+
+def token_count(batch):
+    """How many tokens of a batch are to be foretold: what the loss is a mean over."""
+    return float(np.count_nonzero(batch["tokens"][:, 1:] != PAD))
 
 
 def loss_function(model, batch, rng=None, label_smoothing=0.0):

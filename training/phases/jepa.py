@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from training.accumulate import TwoPass
+from training.parallel import ALONE
 from training.phases.common import RowBatches, generator, image_key
 from xuracore import ops
 from xuravljepa.model import CAPTION_QUERY
@@ -43,14 +44,14 @@ class QuestionBatches:
     question.   told : share of the known tool rows that get the tool's text all the same.   rumour : share of
     the texts in which the tool says another number than the list: its word counts.   captions : share of the
     questions that are replaced by one answered by a caption, where the picture has captions.   typos : share of
-    the questions with one slip of the pen.
+    the questions with one slip of the pen.   ranks : those that share each batch; this one gives its part of it.
     """
 
     def __init__(self, model, rows, features, batch_size, seed=0, turns=4, lesson=0, tool_share=0.3, told=0.3,
-                 rumour=0.5, numbers=31, captions=0.125, typos=0.0):
+                 rumour=0.5, numbers=31, captions=0.125, typos=0.0, ranks=ALONE):
         self._model, self._features, self._seed = model, features, seed
         self._tool_share, self._told, self._rumour, self._numbers = tool_share, told, rumour, numbers
-        self._caption_share, self._typos = captions, typos
+        self._caption_share, self._typos, self._part = captions, typos, ranks.part(batch_size)
         plain, self._tools, self._captions, self._lesson = {}, {}, {}, lesson
         for row in rows:
             if row.query and row.answer is not None:
@@ -108,10 +109,10 @@ class QuestionBatches:
         """
         rng = generator(self._seed, 1, step)
         by_picture = [self._rows(picture, rng, step < self._lesson) for picture in self._batches.rows_of(step)]
-        first = collate(self._model, [self._example(rows[0], rng) for rows in by_picture], self._features)
-        later = [collate(self._model, [self._example(rows[turn], rng) for rows in by_picture], None)
-                 for turn in range(1, self.turns)]
-        texts = [rows[turn].answer is None for turn in range(self.turns) for rows in by_picture]
+        examples = [[self._example(rows[turn], rng) for rows in by_picture][self._part] for turn in range(self.turns)]
+        first = collate(self._model, examples[0], self._features)
+        later = [collate(self._model, some, None) for some in examples[1:]]
+        texts = [rows[turn].answer is None for turn in range(self.turns) for rows in by_picture[self._part]]
         return {"answers": [text for turn in (first, *later) for text in turn["answers"]], "turns": [first, *later],
                 "texts": np.flatnonzero(texts)}
 
@@ -182,7 +183,7 @@ def joint(training, predicted, batches, gate_weight=0.01):
     answers = [text for batch in batches for text in batch["answers"]]
     loss, found = training.objective(model, embedding, answers)
     starts = np.cumsum([0] + [len(batch["answers"]) for batch in batches])
-    texts = np.concatenate([batch["texts"] + start for batch, start in zip(batches, starts)])
+    texts = np.concatenate([np.asarray(batch["texts"], np.int64) + start for batch, start in zip(batches, starts)])
     if len(texts):
         words = model.y_decoder.text_loss(embedding[texts], [answers[i] for i in texts])
         loss = loss + words
@@ -198,6 +199,12 @@ def joint(training, predicted, batches, gate_weight=0.01):
     return loss, metrics
 
 
+def share(batch):
+    """What :func:`joint` looks at of a batch, as JSON data."""
+    return {"answers": batch["answers"], "texts": batch["texts"].tolist(),
+            "turns": [{"answers": batch["turns"][0]["answers"]}]}
+
+
 def answer_loss(gate_weight=0.01):
-    """The loss function of a Training for the Trainer; accumulated batches are compared with one another."""
-    return TwoPass(features, functools.partial(joint, gate_weight=gate_weight))
+    """The loss function of a Training for the Trainer; the batches of a step are compared with one another."""
+    return TwoPass(features, functools.partial(joint, gate_weight=gate_weight), share)

@@ -12,6 +12,7 @@ import numpy as np
 
 from training.data.scenes import render, scene
 from training.data.targets import ABSENT, CELL_TARGETS, SCENE_TARGETS, scene_targets
+from training.parallel import ALONE
 from xuracore import nn, ops
 from xuravljepa import image
 from xuravljepa.vit import VisionTransformer
@@ -49,16 +50,18 @@ class SceneReader(nn.Module):
 
 @dataclass
 class SceneBatches:
-    """Fresh scenes for every step, a pure function of (seed, step)."""
+    """Fresh scenes for every step, a pure function of (seed, step), of which this rank gives its part."""
 
     batch_size: int
     seed: int = 0
     split: str = "train"
     patch_grid: int = 8
+    ranks: object = ALONE
 
     def batch(self, step):
         """{"pixels": (B, 3, 64, 64), target: (B, …) int64}."""
-        scenes = [scene(self.split, step * self.batch_size + i, self.seed) for i in range(self.batch_size)]
+        scenes = [scene(self.split, step * self.batch_size + i, self.seed)
+                  for i in range(self.batch_size)[self.ranks.part(self.batch_size)]]
         pixels = np.stack([image.load(render(s)) for s in scenes])
         targets = [scene_targets(s, self.patch_grid) for s in scenes]
         stacked = {name: np.stack([t[name] for t in targets]) for name in targets[0]}
