@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 it failed on the way; 2 the request makes no sense (argume
 
 import argparse
 import contextlib
+import functools
 import importlib
 import itertools
 import json
@@ -13,6 +14,7 @@ import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 
 DESCRIPTION = "Vision, language and tools on state-space models: ask, train, measure, look inside."
 EPILOG = """\
@@ -27,12 +29,14 @@ PHASES = {"vit": "pretrain_vit", "jepa": "train_jepa", "decoder": "train_decoder
           "tiny": "reproduce_tiny"}
 SCRIPTS = {"eval": "evaluate", "make-data": "make_data"}
 NOTICE = "(the first run compiles kernels, which may take a minute)"
+FEW, SMALL = 16, 32e6  # questions, and bytes of weights, of which NumPy is done before Numba has loaded its kernels
 _MISUSE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def main(argv=None):
-    """Run one command; returns the exit code."""
-    return guard(_run, sys.argv[1:] if argv is None else list(argv))
+    """Run one command; returns the exit code.  Without ``argv`` it is the command of this process, and its only one."""
+    alone = argv is None
+    return guard(functools.partial(_run, alone=alone), sys.argv[1:] if alone else list(argv))
 
 
 def guard(run, argv):
@@ -52,7 +56,7 @@ def guard(run, argv):
         return code
 
 
-def _run(argv):
+def _run(argv, alone=False):
     script = _script(argv)
     if script is not None:
         return _delegate(*script)
@@ -62,7 +66,23 @@ def _run(argv):
         print(f"xura {__version__}")
         return 0
     args = _parser().parse_args(argv)
+    if alone and args.command == "ask":
+        _start_lightly(args)
     return args.run(args) or 0
+
+
+def _start_lightly(args):
+    """Let a process that asks little of a small model use the NumPy forms of kernels, and one thread.
+
+    Loading Numba and its kernels would take longer than all the answers, and the first time minutes.  What the
+    environment says comes first.  A trace is left to the kernels: programs replay it bit for bit with theirs.
+    """
+    folder = Path(args.model)
+    folder = folder if folder.exists() else Path(__file__).parent / "pretrained" / folder
+    weights = folder / "model.safetensors"
+    if len(args.questions) <= FEW and not args.trace and weights.is_file() and weights.stat().st_size <= SMALL:
+        os.environ.setdefault("XURA_KERNELS", "numpy")
+        os.environ.setdefault("XURA_NUM_THREADS", "1")
 
 
 def _exit_code(error):
@@ -190,8 +210,9 @@ came about.
     from xuravljepa.agent.agent import Agent
 
     agent, replies = Agent.from_pretrained(args.model), []
+    wait = contextlib.nullcontext if os.environ.get("XURA_KERNELS") == "numpy" else compiling_notice
     for question in args.questions:
-        with compiling_notice():
+        with wait():
             reply = agent.ask(None if replies else args.image, question)
         replies.append(reply)
         if args.json:

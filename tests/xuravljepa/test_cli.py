@@ -195,6 +195,23 @@ def test_ask_shows_every_step(capsys, folder):
     assert code == 0 and "read the picture" in out and "calculator(" in out
 
 
+def test_a_short_question_from_the_shell_loads_no_numba(folder):
+    code = ("import os, sys\nfrom xuravljepa import cli\n"
+            "for name in ('XURA_KERNELS', 'XURA_NUM_THREADS'): os.environ.pop(name, None)\n"
+            f"sys.argv = ['xura', 'ask', {str(folder / 'scene.png')!r}, {ASKED!r}, '--model', {str(folder)!r}]\n"
+            "print(cli.main(), 'numba' in sys.modules)")
+    result = python("-c", code)
+    assert result.stdout.startswith("I am not sure.") and result.stdout.endswith("\n0 False\n"), result.stderr
+
+
+@pytest.mark.parametrize("more", [[], ["--trace", "run.jsonl"], ["and?"] * cli.FEW, ["--model", "small"]])
+def test_what_a_lone_question_starts_with(more, folder, monkeypatch):
+    monkeypatch.setattr(cli.os, "environ", environment := {"XURA_NUM_THREADS": "2"})
+    arguments = cli._parser().parse_args(["ask", "--model", str(folder), "scene.png", ASKED, *more])
+    cli._start_lightly(arguments)
+    assert environment == {"XURA_NUM_THREADS": "2"} | ({} if more else {"XURA_KERNELS": "numpy"})
+
+
 # ---------------------------------------------------------------------- inspect
 def test_inspect_lists_a_folder(capsys, folder):
     code, out, err = run(capsys, "inspect", folder)
