@@ -80,11 +80,47 @@ class Decoder(nn.Module):
         return ops.cross_entropy(logits.reshape(-1, self.config.vocab_size), tokens[:, 1:].reshape(-1),
                                  ignore_index=PAD, label_smoothing=label_smoothing)
 
-    def text_loss(self, embedding, texts, label_smoothing=0.0):
-        """``loss`` of texts (B strings) given embeddings (B, E).  ShapeError for a text that is too long."""
+    def tokens(self, texts):
+        """ids (n, L) of texts, from BOS to EOS, then PAD.  ShapeError for one that exceeds ``max_length``."""
         limit = self.config.max_length - 2
-        ids = pad_rows([[BOS, *self._tokenizer.encode(text, limit), EOS] for text in texts])
-        return self.loss(embedding, ids, label_smoothing)
+        return pad_rows([[BOS, *self._tokenizer.encode(text, limit), EOS] for text in texts])
+
+    @no_grad()
+    def log_probability(self, embedding, texts):
+        """(n,) float64: of each of n texts given one embedding (E,), all its bytes and the end; for choosing exactly.
+
+        ``generate(allowed=…)`` takes the likeliest byte at each fork, which is faster with very many texts but may
+        leave the likeliest text at the first.  Raises ShapeError as ``tokens`` does, and for no texts.
+        """
+        if not len(texts):
+            raise ShapeError("there are no texts to choose from")
+        ids = self.tokens(texts)
+        given = np.broadcast_to(_array(embedding).reshape(1, -1), (len(ids), self.config.embed_dim))
+        scores = ops.log_softmax(self.forward(given, ids[:, :-1]), axis=-1).data.astype(np.float64)
+        said = np.take_along_axis(scores, ids[:, 1:, None], axis=2)[:, :, 0]
+        return (said * (ids[:, 1:] != PAD)).sum(axis=1)
+
+    @no_grad()
+    def write(self, embeddings, max_length=None):
+        """The texts (n strings) of n embeddings (n, E): as ``generate`` without ``allowed``, all at once."""
+        limit = self._limit(max_length)
+        given = _array(embeddings)
+        _, states = self._run(self.prefix(given), None)
+        free, token = np.array(_FREE), np.full(len(given), BOS)
+        ids, running = [], np.ones(len(given), bool)
+        while running.any() and len(ids) < limit - 1:
+            h, states = self._run(self.token_embedding(token[:, None]), states)
+            token = np.where(running, free[self._logits(h).data[:, -1, free].argmax(axis=1)], EOS)
+            running &= token != EOS
+            ids.append(token)
+        rows = np.stack(ids, axis=1) if ids else np.zeros((len(given), 0), np.int64)
+        return [self._tokenizer.decode(row) for row in rows]
+
+    def _limit(self, max_length):
+        limit = self.config.max_length if max_length is None else min(max_length, self.config.max_length)
+        if limit < 2:
+            raise ShapeError(f"max_length is {max_length}; BOS and EOS alone need 2")
+        return limit
 
     @no_grad()
     def generate(self, embedding, max_length=None, allowed=None):
@@ -95,16 +131,13 @@ class Decoder(nn.Module):
         Returns (text, mean log-probability of its tokens).  ShapeError if an allowed text is too long, or
         there is none, or the embedding is not one.
         """
-        limit = self.config.max_length if max_length is None else min(max_length, self.config.max_length)
-        if limit < 2:
-            raise ShapeError(f"max_length is {max_length}; BOS and EOS alone need 2")
+        limit = self._limit(max_length)
         choices = _FREE
         if allowed is not None:
             choices = _trie([self._tokenizer.encode(text, limit - 2) for text in allowed])
             if not choices:
                 raise ShapeError("no texts are allowed; pass None for free decoding")
-        given = embedding.data if isinstance(embedding, Tensor) else np.asarray(embedding)
-        _, states = self._run(self.prefix(given.reshape(1, -1)), None)
+        _, states = self._run(self.prefix(_array(embedding).reshape(1, -1)), None)
         token, scores, ids = BOS, [], []
         while token != EOS and len(scores) < limit - 1:
             h, states = self._run(self.token_embedding(np.array([[token]])), states)
@@ -114,6 +147,10 @@ class Decoder(nn.Module):
             ids.append(token)
             choices = choices if allowed is None else choices[token]
         return self._tokenizer.decode(ids), float(np.mean(scores))
+
+
+def _array(embedding):
+    return embedding.data if isinstance(embedding, Tensor) else np.asarray(embedding)
 
 
 def _trie(sequences):

@@ -108,6 +108,23 @@ def test_free_decoding_takes_the_likeliest_byte_and_stops_in_time():
     assert model.generate(embedding)[0] == ""
 
 
+def test_all_at_once_is_one_by_one():
+    model, given = decoder(), embeddings(5)
+    model.token_embedding.weight.data[EOS] += 0.3  # so that some end early
+    assert model.write(given) == [model.generate(x)[0] for x in given]
+    assert model.write(given, max_length=4) == [model.generate(x, max_length=4)[0] for x in given]
+
+
+def test_the_probability_of_a_text_is_that_of_its_bytes_and_the_end():
+    model, embedding, texts = decoder(), embeddings(1), ["left", "right", ""]
+    found = model.log_probability(embedding[0], texts)
+    for text, value in zip(texts, found):
+        chosen, score = model.generate(embedding, allowed=[text])
+        assert chosen == text and value == pytest.approx(score * (len(text) + 1), abs=1e-4)
+    with pytest.raises(ShapeError, match="no texts"):
+        model.log_probability(embedding, [])
+
+
 def test_a_tensor_an_array_and_a_row_are_one_embedding():
     model, embedding = decoder(), embeddings(1)
     forms = embedding, embedding[0], xc.Tensor(embedding), list(embedding[0])

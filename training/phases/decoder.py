@@ -4,16 +4,16 @@ It is fed what it will meet: a mixture of the target's embedding and the predict
 
     s̃ = norm(λ s_Y + (1 - λ) ŝ_Y + σ ε),    λ ~ U(0, 1),
 
-because at inference it sees predictions, not targets.
+because at inference it sees predictions, not targets.  Answers are words of a closed set; captions are texts
+that it has to compose.
 """
 
 import numpy as np
 
-from training.parallel import ALONE
+from training import caption_metrics
 from training.phases.common import RowBatches, generator
-from training.phases.jepa import Example, collate
+from training.phases.jepa import Example, collate, target
 from xuracore import no_grad
-from xuravljepa.tokenizer import BOS, EOS, PAD, ByteTokenizer, pad_rows
 
 
 @no_grad()
@@ -23,64 +23,94 @@ def predict(model, rows, features, batch_size=256, tool=False):
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
         told = [str(row.tool["result"]) if tool and row.tool else None for row in chosen]
-        batch = collate(model, [Example(row, row.answer, text) for row, text in zip(chosen, told)], features)
+        batch = collate(model, [Example(row, target(row), text) for row, text in zip(chosen, told)], features)
         parts.append(model.predictor(batch["query"], batch["visual"], batch["tool"]).embedding.data)
     return np.concatenate(parts)
 
 
-class AnswerBatches:
-    """{"embedding" (B, E), "tokens" (B, L) from BOS to EOS}, a pure function of (seed, step).
+@no_grad()
+def _encoded(model, texts, batch_size=256):
+    starts = range(0, len(texts), batch_size)
+    return np.concatenate([model.encode_answers(texts[i : i + batch_size]).data for i in starts])
 
-    rows whose predicted answer is wrong teach nothing about wording and are left out.   ranks : those that share
-    each batch; this one gives its part of it.
+
+class AnswerBatches:
+    """{"answers", "captions"}, each {"embedding" (B, E), "tokens" (B, L) from BOS to EOS} or None.
+
+    A pure function of (seed, step).  Where there are both, captions are half a batch.  Rows whose predicted answer
+    is wrong teach nothing about wording and are left out.
     """
 
-    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05, ranks=ALONE):
-        unique = sorted({row.answer for row in rows})
-        with no_grad():
-            targets = model.encode_answers(unique).data
-        place = {text: i for i, text in enumerate(unique)}
-        nearest = (predicted @ targets.T).argmax(axis=1)
-        kept = [i for i, row in enumerate(rows) if nearest[i] == place[row.answer]]
-        self._predicted, self._targets, self._place = predicted, targets, place
-        self._rows, self._noise, self._seed = rows, noise, seed
-        self._batches, self._part = RowBatches(kept, batch_size, seed), ranks.part(batch_size)
+    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05):
+        texts = sorted({target(row) for row in rows})
+        self._place = {text: i for i, text in enumerate(texts)}
+        self._targets = _encoded(model, texts)
+        answers = [i for i, row in enumerate(rows) if row.answer is not None]
+        captions = [i for i, row in enumerate(rows) if row.answer is None]
+        known = np.array(sorted({self._place[rows[i].answer] for i in answers}), int)
+        right = [i for i in answers
+                 if known[(self._targets[known] @ predicted[i]).argmax()] == self._place[rows[i].answer]]
+        self._predicted, self._rows, self._noise, self._seed = predicted, rows, noise, seed
+        self._tokens = model.y_decoder.tokens
+        written = batch_size // 2 if right else batch_size
+        self._captions = RowBatches(captions, written, seed + 1) if captions else None
+        answered = batch_size - written if captions else batch_size
+        self._answers = RowBatches(right, answered, seed) if right or not captions else None
 
     def __len__(self):
-        return len(self._batches)
+        return len(self._answers or self._captions)
 
     def batch(self, step):
         rng = generator(self._seed, 2, step)
-        chosen = self._batches.rows_of(step)
-        answers = [self._rows[i].answer for i in chosen]
+        return {name: part and self._mixed(part.rows_of(step), rng)
+                for name, part in (("answers", self._answers), ("captions", self._captions))}
+
+    def _mixed(self, chosen, rng):
+        texts = [target(self._rows[i]) for i in chosen]
         predicted = self._predicted[chosen]
-        target = self._targets[[self._place[text] for text in answers]]
+        meant = self._targets[[self._place[text] for text in texts]]
         share = rng.random((len(chosen), 1))
         noise = rng.standard_normal(predicted.shape) * (self._noise / np.sqrt(predicted.shape[1]))
-        mixed = share * target + (1 - share) * predicted + noise
+        mixed = share * meant + (1 - share) * predicted + noise
         mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
-        return {"embedding": mixed[self._part].astype(np.float32), "tokens": answer_tokens(answers[self._part])}
-
-
-def answer_tokens(answers):
-    """(B, L) ids, BOS … EOS, padded with PAD."""
-    tokenizer = ByteTokenizer()
-    return pad_rows([[BOS, *tokenizer.encode(text), EOS] for text in answers])
-
-
-def token_count(batch):
-    """How many tokens of a batch are to be foretold: what the loss is a mean over."""
-    return float(np.count_nonzero(batch["tokens"][:, 1:] != PAD))
+        return {"embedding": mixed.astype(np.float32), "tokens": self._tokens(texts)}
 
 
 def loss_function(model, batch, rng=None, label_smoothing=0.0):
-    """(cross-entropy per token, {"perplexity"})."""
-    loss = model.y_decoder.loss(batch["embedding"], batch["tokens"], label_smoothing)
-    return loss, {"perplexity": float(np.exp(min(loss.item(), 20.0)))}
+    """(cross-entropy per token, summed over answers and captions, {"perplexity", "caption_perplexity"})."""
+    total, metrics = 0.0, {}
+    for name, part in batch.items():
+        if part is not None:
+            loss = model.y_decoder.loss(part["embedding"], part["tokens"], label_smoothing)
+            metrics["perplexity" if name == "answers" else "caption_perplexity"] = float(np.exp(min(loss.item(), 20.0)))
+            total = loss + total
+    return total, metrics
 
 
 def exact_match(model, rows, predicted, constrained=False):
-    """Share of rows whose decoded text equals the answer."""
-    allowed = list(model.config.answers) if constrained else None
-    hits = [model.y_decoder.generate(p, allowed=allowed)[0] == row.answer for row, p in zip(rows, predicted)]
-    return float(np.mean(hits))
+    """Share of rows whose decoded text equals the answer; ``constrained`` to the known answers, by their trie."""
+    if constrained:
+        allowed = list(model.config.answers)
+        said = [model.y_decoder.generate(p, allowed=allowed)[0] for p in predicted]
+    else:
+        said = model.y_decoder.write(predicted)
+    return float(np.mean([text == row.answer for text, row in zip(said, rows)]))
+
+
+def caption_report(model, rows, predicted):
+    """How well the captions of rows are written: {type: {"exact", …}} with "bleu4" and "cider" for sentences.
+
+    For types that name objects also "objects_exact", "precision" and "recall" (training/caption_metrics.py), and
+    "cycle": the mean cosine of what was written, read again by the Y-Encoder, with the prediction.
+    """
+    said, report = model.y_decoder.write(predicted), {}
+    limit = model.config.text.max_length - 1
+    readable = [text.encode()[:limit].decode(errors="ignore") for text in said]
+    cycle = (_encoded(model, readable) * predicted).sum(axis=1)
+    for kind in sorted({row.type or "caption" for row in rows}):
+        chosen = [i for i, row in enumerate(rows) if (row.type or "caption") == kind]
+        texts, truth = [said[i] for i in chosen], [rows[i].caption for i in chosen]
+        words = [caption_metrics.words(text) for text in texts], [[caption_metrics.words(text)] for text in truth]
+        report[kind] = {**caption_metrics.object_scores(texts, truth), "bleu4": caption_metrics.bleu4(*words),
+                        "cider": caption_metrics.cider(*words), "cycle": float(cycle[chosen].mean())}
+    return report

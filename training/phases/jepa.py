@@ -185,7 +185,7 @@ def joint(training, predicted, batches, gate_weight=0.01):
     starts = np.cumsum([0] + [len(batch["answers"]) for batch in batches])
     texts = np.concatenate([np.asarray(batch["texts"], np.int64) + start for batch, start in zip(batches, starts)])
     if len(texts):
-        words = model.y_decoder.text_loss(embedding[texts], [answers[i] for i in texts])
+        words = model.y_decoder.loss(embedding[texts], model.y_decoder.tokens([answers[i] for i in texts]))
         loss = loss + words
         found["words"] = words.item()
     hits = found.pop("hits")

@@ -7,6 +7,8 @@ if not __package__:  # run by path: import the packages that this script lies be
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from training import options
+from training.data.captions import TEMPLATES
+from training.data.dataset import Dataset
 from training.phases import decoder
 from training.phases.common import FeatureStore
 from training.scripts.train_jepa import data_sets
@@ -28,7 +30,8 @@ def main(argv=None):
     parser.add_argument("--model", "--phase1-checkpoint", default=None, metavar="DIR",
                         help="folder of the model that phase 1 wrote (default runs/jepa/model; with --tiny the "
                         "shipped model)")
-    parser.add_argument("--wordings", choices=("plain", "wide"), default="wide")
+    parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="as in phase 1; wide (default) "
+                        "holds captions, which the decoder then learns to write")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     parser.add_argument("--max-bad-fraction", type=float, default=0.0)
     args = parser.parse_args(argv)
@@ -48,13 +51,19 @@ def main(argv=None):
     options.say(args, f"phase 2: {model.parameter_count(trainable_only=True):,} trained parameters")
     held = held_rows[:: max(1, len(held_rows) // 300)]
     held_predicted = decoder.predict(model, held, features)
+    texts = ()
+    if not args.data_dir and args.wordings == "wide":
+        texts = Dataset.captions("val", min(args.scenes, 60), args.data_seed, types=tuple(TEMPLATES), templates="wide").rows
+        texts_predicted = decoder.predict(model, texts, FeatureStore(model, texts))
 
     def evaluate(model, step):
         free = decoder.exact_match(model, held, held_predicted)
         constrained = decoder.exact_match(model, held, held_predicted, constrained=True)
         hits = model.similarities(held_predicted).argmax(axis=1)
         nearest = [model.config.answers[i] == row.answer for i, row in zip(hits, held)]
-        return {"exact_match": free, "constrained": constrained, "nearest_answer": sum(nearest) / len(nearest)}
+        captions = decoder.caption_report(model, texts, texts_predicted) if texts else {}
+        return {"exact_match": free, "constrained": constrained, "nearest_answer": sum(nearest) / len(nearest),
+                **{f"{kind}_{name}": value for kind, found in captions.items() for name, value in found.items()}}
 
     result, trainer = options.train(
         model, lambda m, b, rng: decoder.loss_function(m, b, rng, args.label_smoothing), batches, args,
