@@ -28,8 +28,8 @@ def training_parser(description, epilog, **defaults):
     group.add_argument("--tiny", action="store_true",
                        help="the tiny preset on a small generated data set: a check that all works, in under a minute")
     group.add_argument("--preset", default="tiny", choices=("tiny", "small", "base"), help="sizes of a new model")
-    group.add_argument("--data-dir", metavar="DIR", help="folder (or file) with manifest.jsonl; without it, scenes "
-                       "are generated")
+    group.add_argument("--data-dir", metavar="DIR", help="your own data: a manifest, or a format of --data-format; "
+                       "without it, scenes are generated")
     group.add_argument("--scenes", type=positive, metavar="N", help="how many scenes to generate")
     group.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed of the generated data (default 0)")
     group = parser.add_argument_group("how long and how fast")

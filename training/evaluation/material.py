@@ -1,10 +1,10 @@
 """Which rows are measured: generated splits, or a person's own data; and what the question-only prior learns from."""
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from training.data.dataset import Dataset
+from training.data.dataset import Dataset, open_dataset
 from training.phases.common import image_key
 from xuracore.errors import ConfigError
 from xuravljepa.feature_cache import picture_digest
@@ -18,7 +18,7 @@ class Material:
 
     rows : questions with answers about pictures.   prior_rows : rows of training, for the question-only prior.
     splits : {column: further rows} that are measured beside them.   captions : rows with a picture and a caption.
-    notes : what a reader should know about the choice.
+    notes : what a reader should know about the choice.   bad : a BadRows, what was left out of a person's own data.
     """
 
     name: str
@@ -28,6 +28,12 @@ class Material:
     splits: dict = field(default_factory=dict)
     generated: bool = False
     notes: tuple = ()
+    bad: object = None
+
+    def usable(self, features):
+        """The same without the rows whose picture a FeatureStore could not read."""
+        parts = {name: tuple(features.usable(getattr(self, name))) for name in ("rows", "captions")}
+        return replace(self, **parts, splits={name: features.usable(rows) for name, rows in self.splits.items()})
 
     def every_row(self):
         """All rows whose pictures are needed."""
@@ -56,13 +62,15 @@ def generated(scenes, seed=0):
         generated=True)
 
 
-def own(path, split=None, limit=None, max_bad_fraction=0.0):
+def own(path, split=None, limit=None, data=None):
     """A person's own data: the split asked for; else test, else validation, else what training held out.
 
-    split : a name, or "all".   limit : pictures at most, the first ones.
+    split : a name, or "all".   limit : pictures at most, the first ones.   data : the Dataset at ``path``, if it is
+    open already.
     Raises ConfigError where no row can be measured.
     """
-    every = Dataset.manifest(path, max_bad_fraction=max_bad_fraction).rows
+    data = open_dataset(path) if data is None else data
+    every = data.rows
     rows, chosen = [row for row in every if row.image is not None], split
     if split is None:
         found = {row.split for row in rows}
@@ -94,4 +102,4 @@ def own(path, split=None, limit=None, max_bad_fraction=0.0):
     if left:
         notes.append(f"{left} rows without a picture were left out")
     return Material(f"{path}, {chosen or 'all rows'}", tuple(row for row in picked if row.query and row.answer),
-                    tuple(prior), tuple(row for row in picked if row.caption), notes=tuple(notes))
+                    tuple(prior), tuple(row for row in picked if row.caption), notes=tuple(notes), bad=data.bad)

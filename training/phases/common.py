@@ -34,38 +34,43 @@ def row_picture(row):
     return row.image.read() if isinstance(row.image, TarPicture) else row.image
 
 
-class FeatureStore:
-    """Visual tokens of every picture of some rows, from the frozen X-Encoder, kept as float16.
+class PictureStore:
+    """The pictures of some rows, each once, and the rows whose picture cannot be read.
 
-    An X-Encoder forward pass costs as much as a predictor's training step, and many questions share a
-    picture.  ``store(rows)`` → (B, n, d) float32.  report : called with (done, total, seconds).
-    cache : a folder that keeps the tokens, memory-mapped, so that the next run does not encode again.
-    bad : a BadRows that takes the rows whose picture cannot be read; ``usable`` leaves them out.  Without it, the
-    first such picture is a FormatError.   Pictures are decoded in ``workers`` threads (default: as many as kernels
-    use), which changes no result.
+    bad : a BadRows that takes these; ``usable`` leaves them out.  Without it, the first such picture is a
+    FormatError.   Pictures are read in ``workers`` threads (default: as many as kernels use), which changes no result.
     """
 
-    def __init__(self, model, rows, batch_size=64, report=None, cache=None, bad=None, workers=None):
-        self._model, self._batch_size, self._report = model, batch_size, report
-        self._workers = get_num_threads() if workers is None else workers
-        self._faults, self._rows, self._bad = {}, {}, bad
+    def __init__(self, rows, bad=None, workers=None, ahead=64):
+        self._workers, self._ahead = get_num_threads() if workers is None else workers, ahead
+        self._faults, self._rows, self._bad, self._places = {}, {}, bad, {}
         for row in rows:
             if row.image is not None:
                 self._rows.setdefault(image_key(row), []).append(row)
-        pictures = [about[0] for about in self._rows.values()]
-        if cache is None:
-            self.tokens, kept = self._in_memory(pictures)
-        else:
-            self.tokens, kept = self._cached(FeatureCache(cache, model.x_encoder, model.config.preprocessing), pictures)
-        self._places = {image_key(row): place for place, row in enumerate(kept)}
+        self.pictures = [about[0] for about in self._rows.values()]
+
+    def __len__(self):
+        """Pictures that could be read."""
+        return len(self._places)
 
     def usable(self, rows):
         """Those of ``rows`` whose picture could be read, or that have none."""
         return [row for row in rows if image_key(row) not in self._faults]
 
+    def places(self, rows):
+        """Where the pictures of rows stand among those that could be read.  ConfigError for a row without one."""
+        if any(row.image is None for row in rows):
+            raise ConfigError("a row without a picture cannot be batched with visual tokens")
+        return [self._places[image_key(row)] for row in rows]
+
+    def _keep(self, rows):
+        """Say that the pictures of ``rows`` stand at the next places."""
+        for row in rows:
+            self._places[image_key(row)] = len(self._places)
+
     def _good(self, function, pictures):
         """(row, function(row)) of each row whose picture can be read; the others are bad."""
-        with Prefetch(function, pictures, self._workers, ahead=max(self._batch_size, 1)) as results:
+        with Prefetch(function, pictures, self._workers, self._ahead) as results:
             for row in pictures:
                 try:
                     yield row, next(results)
@@ -81,6 +86,24 @@ class FeatureStore:
             self._bad.add(file, line, error)
         self._bad.check(sum(map(len, self._rows.values())) - sum(len(self._rows[key]) for key in self._faults))
 
+
+class FeatureStore(PictureStore):
+    """Visual tokens of every picture of some rows, from the frozen X-Encoder, kept as float16.
+
+    An X-Encoder forward pass costs as much as a predictor's training step, and many questions share a
+    picture.  ``store(rows)`` → (B, n, d) float32.  report : called with (done, total, seconds).
+    cache : a folder that keeps the tokens, memory-mapped, so that the next run does not encode again.
+    bad, workers : as for a PictureStore.
+    """
+
+    def __init__(self, model, rows, batch_size=64, report=None, cache=None, bad=None, workers=None):
+        super().__init__(rows, bad, workers, ahead=batch_size)
+        self._model, self._batch_size, self._report = model, batch_size, report
+        if cache is None:
+            self._encode_all()
+        else:
+            self._take_from(FeatureCache(cache, model.x_encoder, model.config.preprocessing))
+
     def _encode(self, pictures):
         """(rows, their tokens) of each batch."""
         started, done, earlier = time.monotonic(), 0, len(self._faults)
@@ -93,31 +116,32 @@ class FeatureStore:
                     total = len(pictures) - (len(self._faults) - earlier)
                     self._report(done, total, time.monotonic() - started)
 
-    def _in_memory(self, pictures):
-        """(tokens (n, …), the n rows they belong to)."""
+    def _encode_all(self):
         vision = self._model.config.vision
-        tokens, kept = np.empty((len(pictures), vision.n_tokens, vision.d_model), np.float16), []
-        for rows, found in self._encode(pictures):
-            tokens[len(kept) : len(kept) + len(rows)] = found
-            kept += rows
-        return tokens[: len(kept)], kept
+        tokens = np.empty((len(self.pictures), vision.n_tokens, vision.d_model), np.float16)
+        with contextlib.closing(self._encode(self.pictures)) as encoded:
+            for rows, found in encoded:
+                tokens[len(self) : len(self) + len(rows)] = found
+                self._keep(rows)
+        self.tokens = tokens[: len(self)]
 
-    def _cached(self, cache, pictures):
-        digests = {image_key(row): digest for row, digest in self._good(_row_digest, pictures)}
-        first = {digest: row for row in reversed(pictures) if (digest := digests.get(image_key(row)))}
-        for rows, tokens in self._encode([first[digest] for digest in cache.missing(digests.values())]):
-            cache.add([digests[image_key(row)] for row in rows], tokens)
-        spoilt = {digests[key] for key in self._faults if key in digests}
-        for row in pictures:  # other files of the same bytes
+    def _take_from(self, cache):
+        digests = {image_key(row): digest for row, digest in self._good(_row_digest, self.pictures)}
+        first = {digest: row for row in reversed(self.pictures) if (digest := digests.get(image_key(row)))}
+        missing = [first[digest] for digest in cache.missing(digests.values())]
+        with contextlib.closing(self._encode(missing)) as encoded:
+            for rows, tokens in encoded:
+                cache.add([digests[image_key(row)] for row in rows], tokens)
+        spoilt = {digests[key]: error for key, error in self._faults.items() if key in digests}
+        for row in self.pictures:  # other files of the same bytes
             if digests.get(image_key(row)) in spoilt and image_key(row) not in self._faults:
-                self._refuse(row, self._faults[image_key(first[digests[image_key(row)]])])
-        kept = [row for row in pictures if image_key(row) not in self._faults]
-        return cache.tokens([digests[image_key(row)] for row in kept]), kept
+                self._refuse(row, spoilt[digests[image_key(row)]])
+        kept = self.usable(self.pictures)
+        self.tokens = cache.tokens([digests[image_key(row)] for row in kept])
+        self._keep(kept)
 
     def __call__(self, rows):
-        if any(row.image is None for row in rows):
-            raise ConfigError("a row without a picture cannot be batched with visual tokens")
-        return self.tokens[[self._places[image_key(row)] for row in rows]].astype(np.float32)
+        return self.tokens[self.places(rows)].astype(np.float32)
 
 
 def _row_digest(row):

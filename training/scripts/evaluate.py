@@ -14,6 +14,7 @@ if not __package__:  # run by path: import the packages that this script lies be
 import numpy as np
 
 from training import eval_page, options
+from training.data import arguments
 from training.evaluation import agent as agent_reports
 from training.evaluation import answers, classes, health, material, retrieval, tables, words
 from training.evaluation.answering import Intervals, ask_each, picture_numbers, read
@@ -58,12 +59,11 @@ def make_parser():
                        help="generated test scenes (default 600)")
     group.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed of the generated scenes")
     group.add_argument("--data-dir", metavar="DIR",
-                       help="your own data instead: folder (or file) with manifest.jsonl")
+                       help="your own data instead: a manifest, or a format of --data-format")
     group.add_argument("--split", metavar="NAME", help="which rows of it, or 'all' (default: test, else val, else "
                        "every tenth picture, which training holds out)")
     group.add_argument("--limit", type=options.positive, metavar="N", help="pictures at most")
-    group.add_argument("--max-bad-fraction", type=float, default=0.0,
-                       help="share of bad rows to skip before giving up")
+    arguments.add_data_options(parser)
     group = parser.add_argument_group("how")
     group.add_argument("--names", metavar="FILE", help="class names, one a line (default: the answers in the data)")
     group.add_argument("--templates", metavar="FILE", help="sentences with {} for the name, one a line; the mean of "
@@ -125,7 +125,9 @@ def measure_model(args, agent, chosen, wanted):
     model, result, said = agent.model, {}, None
     intervals = Intervals(args.seed, args.resamples)
     features = FeatureStore(model, chosen.every_row(), report=options.counter(args, "pictures encoded"),
-                            cache=args.feature_cache)
+                            cache=args.feature_cache, bad=chosen.bad)
+    if chosen.bad is not None:
+        chosen = chosen.usable(features)
     asked = options.counter(args, "questions answered")
     heads = agent.heads if agent.trained else None
     answerable = chosen.rows and (model.config.answers or all(row.choices for row in chosen.rows))
@@ -195,7 +197,8 @@ def main(argv=None):
             raise FormatError("there is no such folder to write into", Path(file).parent)
     agent = Agent.from_pretrained(args.model)
     if args.data_dir:
-        chosen = material.own(args.data_dir, args.split, args.limit, args.max_bad_fraction)
+        chosen = material.own(args.data_dir, args.split, args.limit,
+                              arguments.open_from(args, say=lambda text: options.say(args, text)))
     else:
         options.say(args, f"no --data-dir: generating {args.scenes} test scenes (seed {args.data_seed})")
         chosen = material.generated(args.scenes, args.data_seed)
@@ -205,6 +208,9 @@ def main(argv=None):
         result.update(found)
     if agent.trained and set(wanted) & set(AGENT_JOBS):
         result.update(measure_agent(args, agent, wanted, features))
+    if chosen.bad is not None and chosen.bad.count:
+        result["about"]["data"]["left_out"] = chosen.bad.count
+        arguments.report_bad(chosen.bad, Path(args.json).parent if args.json else None, args.quiet)
     print(tables.text(result))
     if args.json:
         io.save_json(Path(args.json), result)

@@ -7,6 +7,7 @@ if not __package__:  # run by path: import the packages that this script lies be
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from training import options
+from training.data import arguments
 from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
 from training.phases import decoder
@@ -33,16 +34,21 @@ def main(argv=None):
     parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="as in phase 1; wide (default) "
                         "holds captions, which the decoder then learns to write")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
-    parser.add_argument("--max-bad-fraction", type=float, default=0.0)
+    arguments.add_data_options(parser)
     args = parser.parse_args(argv)
     options.prepare(args)
     source = args.model or ("tiny" if args.tiny and (SHIPPED / "tiny").exists() else "runs/jepa/model")
     model = VLJEPA.from_pretrained(source)
     args.scenes = args.scenes or (40 if args.tiny else 600)
-    train_rows, held_rows, _ = data_sets(args)
+    train_rows, held_rows, bad = data_sets(args)
     if options.dry_run(args, phase=2, model=str(source), questions=len(train_rows), held_out=len(held_rows)):
         return 0
-    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"))
+    if bad is not None:
+        train_rows, held_rows = arguments.leave_out_long(model, bad, train_rows, held_rows)
+    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"), bad=bad)
+    if bad is not None:
+        train_rows, held_rows = features.usable(train_rows), features.usable(held_rows)
+        arguments.report_bad(bad, args.output_dir, args.quiet)
     options.say(args, f"predicting the answers of {len(train_rows):,} questions")
     predicted = decoder.predict(model, train_rows, features, tool=True)
     batches = decoder.AnswerBatches(model, train_rows, predicted, args.batch_size, args.seed)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,22 @@ if not __package__:  # run by path: import the packages that this script lies be
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from training import options
+from training.data import arguments
 from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
-from training.phases import jepa, objective
+from training.phases import end_to_end, jepa, objective
 from training.phases.common import FeatureStore
 from xuracore import no_grad
 from xuracore.errors import ConfigError, FormatError
-from xuravljepa.model import SHIPPED, VLJEPA
+from xuravljepa.model import CAPTION_QUERY, SHIPPED, VLJEPA
 from xuravljepa.presets import VLJEPAConfig
 from xuravljepa.vit import VisionTransformer
 from xuravljepa.vit_names import FAMILIES
 
 EPILOG = """\
-Data: a folder with manifest.jsonl (see training/README.md), or generated scenes with questions and tool
-questions.  The X-Encoder: --vit DIR with weights of ours, timm's or Hugging Face's; else the shipped tiny one.
+Data: --data-dir, a manifest or one of the common formats (see training/README.md); or generated scenes with
+questions and tool questions.  The X-Encoder: --vit DIR with weights of ours, timm's or Hugging Face's; else the
+shipped tiny one.  With --train-encoder it learns too.
 
 examples:
   python training/scripts/train_jepa.py --tiny --epochs 2 --batch-size 4
@@ -33,19 +36,26 @@ examples:
 NUMBERS = tuple(str(n) for n in range(31))
 
 
+def own_data(args):
+    """(training rows, validation rows, a BadRows) of --data-dir."""
+    data = arguments.open_from(args, say=lambda text: options.say(args, text))
+    rows = [row for row in data.rows if row.image is not None and (row.query and row.answer or row.caption)]
+    held = [row for row in rows if row.split in ("val", "validation")]
+    kept = [row for row in rows if row.split in (None, "train")]
+    if not held:  # every tenth picture serves for validation
+        pictures = sorted({str(row.image) for row in kept})
+        chosen = set(pictures[::10])
+        held = [row for row in kept if str(row.image) in chosen]
+        kept = [row for row in kept if str(row.image) not in chosen]
+    if not any(row.query for row in kept):  # captions alone: to tell which belongs to a picture is the measure
+        held = [replace(row, query=CAPTION_QUERY, answer=row.caption, answers=(row.caption,)) for row in held]
+    return kept, [row for row in held if row.query and row.answer], data.bad
+
+
 def data_sets(args):
-    """(training rows, validation rows, whether they are generated)."""
+    """(training rows, validation rows, a BadRows, or None where they are generated)."""
     if args.data_dir:
-        rows = Dataset.manifest(args.data_dir, max_bad_fraction=args.max_bad_fraction).rows
-        rows = [row for row in rows if row.query and row.answer]
-        held = [row for row in rows if row.split in ("val", "validation")]
-        kept = [row for row in rows if row.split in (None, "train")]
-        if not held:  # every tenth picture serves for validation
-            pictures = sorted({str(row.image) for row in kept})
-            chosen = set(pictures[::10])
-            held = [row for row in kept if str(row.image) in chosen]
-            kept = [row for row in kept if str(row.image) not in chosen]
-        return kept, held, False
+        return own_data(args)
     scenes = args.scenes or (40 if args.tiny else 12000)
     options.say(args, f"no --data-dir: generating {scenes} scenes with questions (seed {args.data_seed})")
     how = {"templates": args.wordings}
@@ -54,20 +64,25 @@ def data_sets(args):
     texts = Dataset.captions("train", scenes, args.data_seed, types=tuple(TEMPLATES), **how).rows
     held = Dataset.scenes("val", min(scenes, 300), args.data_seed, **how).rows
     known = Dataset.tools("val", min(scenes, 300), args.data_seed, pools=("known",), **how).rows
-    return [*train, *tools, *(texts if args.wordings == "wide" else ())], [*held, *known], True
+    return [*train, *tools, *(texts if args.wordings == "wide" else ())], [*held, *known], None
 
 
-def frozen_encoder(args, config, rng):
-    """The X-Encoder: --vit, or the shipped tiny one, or random weights with a warning."""
+def first_encoder(args, config, rng):
+    """The X-Encoder at the start: --vit, or new for the sizes asked for, or the shipped tiny one, or random weights."""
     if args.vit:
         encoder = VisionTransformer.from_pretrained(args.vit)
         options.say(args, f"X-Encoder: {FAMILIES[encoder.family]}, {encoder.parameter_count():,} parameters, pictures "
                     f"of {encoder.preprocessing.size}; licence: {encoder.licence or 'not stated'}")
         return encoder.at_size(encoder.preprocessing.size)
+    if args.image_size or args.patch_size:
+        sizes = config.vision.replace(image_size=args.image_size or config.vision.image_size,
+                                      patch_size=args.patch_size or config.vision.patch_size)
+        return VisionTransformer(sizes, rng=rng)
     if args.preset == "tiny" and (SHIPPED / "tiny" / "model.safetensors").exists():
         options.say(args, "no --vit: using the X-Encoder of the shipped tiny model")
         return VLJEPA.from_pretrained("tiny").x_encoder
-    options.say(args, "warning: no --vit: the X-Encoder has random weights and stays so; expect poor answers")
+    if not args.train_encoder:
+        options.say(args, "warning: no --vit: the X-Encoder has random weights and stays so; expect poor answers")
     return VisionTransformer(config.vision, rng=rng)
 
 
@@ -128,12 +143,33 @@ def accuracy_by_type(model, rows, features, batch_size=256):
     return {name: float(np.mean(values)) for name, values in sorted(hits.items())}
 
 
+def encoder_options(parser):
+    """What the X-Encoder is, and whether it learns."""
+    group = parser.add_argument_group("X-Encoder")
+    group.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the X-Encoder's weights")
+    group.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here (float16, found by "
+                       "the pictures' bytes), so that no run encodes a picture again")
+    group.add_argument("--train-encoder", action="store_true", help="it learns too, for small pictures of your own")
+    group.add_argument("--image-size", type=options.positive, metavar="PIXELS", help="side of the pictures for a new one")
+    group.add_argument("--patch-size", type=options.positive, metavar="PIXELS", help="side of its patches")
+    group.add_argument("--augment", type=float, default=0.0, metavar="STRENGTH", help="turn, scale and shift the "
+                       "pictures while training; 1: by up to 12 degrees, a tenth, an eighth of the side (default 0)")
+
+
+def check_encoder_options(args):
+    """ConfigError for options of the X-Encoder that exclude each other."""
+    for name in ("image_size", "patch_size", "augment"):
+        if getattr(args, name) and not args.train_encoder:
+            raise ConfigError(f"--{name.replace('_', '-')} is for an X-Encoder that learns: add --train-encoder")
+    if args.train_encoder and args.feature_cache:
+        raise ConfigError("--feature-cache keeps what a frozen X-Encoder sees; with --train-encoder it changes")
+    if args.vit and (args.image_size or args.patch_size):
+        raise ConfigError("--vit brings its own sizes; --image-size and --patch-size are for a new X-Encoder")
+
+
 def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=5000, batch_size=32, lr=2e-3, warmup=200,
                                      weight_decay=0.02, output_dir="runs/jepa", monitor="all")
-    parser.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the frozen X-Encoder's weights")
-    parser.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here (float16, found by "
-                        "the pictures' bytes), so that no run encodes a picture again")
     parser.add_argument("--turns", type=options.positive, default=8, metavar="N",
                         help="questions per picture in one sequence (default 8)")
     parser.add_argument("--lesson", type=int, metavar="BATCHES",
@@ -146,17 +182,22 @@ def main(argv=None):
     parser.add_argument("--typos", type=float, default=0.05, metavar="SHARE",
                         help="of the questions with one slip of the pen (default 0.05)")
     objective_options(parser)
-    parser.add_argument("--max-bad-fraction", type=float, default=0.0,
-                        help="share of bad manifest rows to skip before giving up")
+    encoder_options(parser)
+    arguments.add_data_options(parser)
     args = parser.parse_args(argv)
     options.prepare(args)
+    check_encoder_options(args)
     rng = np.random.default_rng(args.seed + 1)
-    train_rows, held_rows, generated = data_sets(args)
+    train_rows, held_rows, bad = data_sets(args)
+    generated = bad is None
     if not held_rows:
         raise FormatError("too few pictures to hold some out for validation", args.data_dir)
-    answers = tuple(sorted({row.answer for row in [*train_rows, *held_rows]} - {None} | set(NUMBERS if generated else ())))
+    answers = {row.answer for row in [*train_rows, *held_rows]} - {None}
+    answers = tuple(sorted(answers | set(NUMBERS if generated else ())))
     config = VLJEPAConfig.preset(args.preset)
-    encoder = frozen_encoder(args, config, rng)
+    encoder = first_encoder(args, config, rng)
+    if args.train_encoder:  # the patches that stand out are not known yet: all are read
+        config = config.replace(predictor=config.predictor.replace(n_salient=0))
     if (encoder.config, encoder.preprocessing) != (config.vision, config.preprocessing):
         config = config.with_encoder(encoder)
     model = VLJEPA(config.replace(answers=answers), rng=rng)
@@ -171,33 +212,44 @@ def main(argv=None):
 
     if options.dry_run(args, phase=1, questions=len(train_rows), held_out=len(held_rows), answers=len(answers)):
         return 0
-    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"),
-                            cache=args.feature_cache)
-    if not args.model:
-        model.predictor.fit_vision(features.tokens[:2000])
+    if bad is not None:
+        train_rows, held_rows = arguments.leave_out_long(model, bad, train_rows, held_rows)
+    if args.train_encoder:
+        pictures = end_to_end.PixelStore(model, [*train_rows, *held_rows], bad)
+        seen, answer_loss = pictures.tokens_of(model), end_to_end.answer_loss(args.angn_reg_weight, args.augment)
+    else:
+        pictures = seen = FeatureStore(model, [*train_rows, *held_rows], cache=args.feature_cache, bad=bad,
+                                       report=options.counter(args, "pictures encoded"))
+        answer_loss = jepa.answer_loss(args.angn_reg_weight)
+        if not args.model:
+            model.predictor.fit_vision(pictures.tokens[:2000])
+    if bad is not None:
+        train_rows, held_rows = pictures.usable(train_rows), pictures.usable(held_rows)
+        arguments.report_bad(bad, args.output_dir, args.quiet)
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
-    batches = jepa.QuestionBatches(model, train_rows, features, args.batch_size, args.seed, args.turns, lesson,
+    batches = jepa.QuestionBatches(model, train_rows, pictures, args.batch_size, args.seed, args.turns, lesson,
                                    typos=args.typos)
     steps = max(1, args.epochs * len(batches) // args.accumulate) if args.epochs else args.steps
     steps = steps or args._defaults["steps"]
     settings = objective_config(args, len(answers), steps)
     written = any(row.answer is None for row in train_rows)
-    for name in ("predictor", "log_scale") + ("y_encoder",) * (settings.target != "frozen") + ("y_decoder",) * written:
+    for name in ("predictor", "log_scale") + ("y_encoder",) * (settings.target != "frozen") + ("y_decoder",) * written + (
+            ("x_encoder",) * args.train_encoder):
         getattr(model, name).requires_grad_()
     training = objective.Training(model, objective.Objective(settings, model, [jepa.target(row) for row in train_rows]))
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
-                f"{len(train_rows):,} questions about {len(features.tokens):,} pictures, {len(answers)} answers")
+                f"{len(train_rows):,} questions about {len(pictures):,} pictures, {len(answers)} answers")
     held = held_rows[:: max(1, len(held_rows) // 3000)]
     result, trainer = options.train(
-        training, jepa.answer_loss(args.angn_reg_weight), batches, args, steps=steps,
+        training, answer_loss, batches, args, steps=steps,
         lr_scales={"model.y_encoder": args.y_encoder_lr_multiplier},
-        evaluate=lambda t, step: accuracy_by_type(t.model, held, features), after_step=lambda t: t.after_step(),
+        evaluate=lambda t, step: accuracy_by_type(t.model, held, seen), after_step=lambda t: t.after_step(),
         describe={"phase": 1, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
                   "data_seed": args.data_seed, "objective": settings.to_dict()},
     )
     if result.complete:
         trainer.adopt()
-        options.keep_result(args, model, accuracy_by_type(model, held, features))
+        options.keep_result(args, model, accuracy_by_type(model, held, seen))
     return result.exit_code
 
 

@@ -1,0 +1,110 @@
+"""The scripts learn from people's own data, whatever its format, and say what they could not use."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training.data.scenes import render, scene
+from training.phases.end_to_end import moved
+from training.scripts import evaluate, train_decoder, train_jepa
+from xuracore.errors import ConfigError, FormatError
+from xuravljepa.model import VLJEPA
+
+SHORT = ["--steps", "2", "--batch-size", "2", "--turns", "1", "--threads", "1"]
+NEW = ["--train-encoder", "--image-size", "16", "--patch-size", "8"]
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """A folder of ten pictures in two classes, of which one is damaged."""
+    for i in range(10):
+        path = tmp_path / "data" / ("circle", "square")[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(scene("train", i))).save(path)
+    path.write_bytes(path.read_bytes()[:100])
+    return tmp_path / "data"
+
+
+def test_an_encoder_learns_from_a_folder_and_bad_pictures_are_listed(classes, tmp_path, capsys):
+    out = tmp_path / "run"
+    arguments = ["--data-dir", str(classes), "--output-dir", str(out), *SHORT, *NEW, "--augment", "1"]
+    with pytest.raises(FormatError, match="1 of 10 rows are bad, more than max_bad_fraction=0.0"):
+        train_jepa.main(arguments)
+    assert not (out / "model").exists()
+    assert train_jepa.main([*arguments, "--max-bad-fraction", "0.1"]) == 0
+    said = capsys.readouterr().err
+    assert "a folder of pictures, 10 pictures; 10 questions" in said and "1 bad rows were left out" in said
+    (row,) = map(json.loads, (out / "bad_samples.jsonl").read_text().splitlines())
+    assert row["file"] == str(classes / "square" / "9.png") and "truncated" in row["reason"]
+    model = VLJEPA.from_pretrained(out / "model")
+    assert model.config.answers == ("circle", "square") and model.config.vision.n_tokens == 5
+    assert evaluate.main(["--model", str(out / "model"), "--data-dir", str(classes), "--data-format", "folder", "--only",
+                          "answers", "--split", "all", "--resamples", "10", "--max-bad-fraction", "0.1"]) == 0
+    assert evaluate.main(["--model", str(out / "model"), "--data-dir", str(classes), "--only", "answers", "--split", "all",
+                          "--resamples", "10", "--max-bad-fraction", "0.1", "--json", str(out / "e.json")]) == 0
+    assert json.loads((out / "e.json").read_text())["about"]["data"]["left_out"] == 1
+    assert train_decoder.main(["--data-dir", str(classes), "--max-bad-fraction", "0.1", "--steps", "1", "--batch-size", "2",
+                               "--model", str(out / "model"), "--output-dir", str(out / "decoder"), "--quiet"]) == 0
+    assert (out / "decoder" / "bad_samples.jsonl").read_text() == (out / "bad_samples.jsonl").read_text()
+
+
+def test_every_part_learns_when_the_encoder_does(classes, tmp_path):
+    (classes / "square" / "9.png").unlink()
+    states = []
+    for steps in ("1", "3"):
+        out = tmp_path / steps
+        train_jepa.main(["--data-dir", str(classes), "--output-dir", str(out), *SHORT, *NEW, "--steps", steps,
+                         "--warmup", "0", "--quiet"])
+        states.append(VLJEPA.from_pretrained(out / "model").state_dict())
+    assert not (tmp_path / "1" / "bad_samples.jsonl").exists()
+    changed = {name.partition(".")[0] for name, array in states[0].items() if not np.array_equal(array, states[1][name])}
+    assert changed == {"x_encoder", "predictor", "y_encoder", "log_scale"}
+
+
+def test_captions_alone_can_be_trained_on(tmp_path, capsys):
+    root = tmp_path / "data"
+    (root / "train2017").mkdir(parents=True)
+    images, annotations = [], []
+    for i in range(10):
+        Image.fromarray(render(scene("train", i))).save(root / "train2017" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png"})
+        annotations += [{"id": 2 * i + j, "image_id": i, "caption": f"picture {i}, said {j}"} for j in range(2)]
+    annotations.append({"id": 99, "image_id": 3, "caption": "long " * 2000})
+    (root / "captions_train2017.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    arguments = ["--data-dir", str(root), "--max-bad-fraction", "0.1", *SHORT]
+    assert train_jepa.main([*arguments, "--output-dir", str(tmp_path / "a"), *NEW]) == 0
+    (row,) = map(json.loads, (tmp_path / "a" / "bad_samples.jsonl").read_text().splitlines())
+    assert "limit is" in row["reason"] and row["line"] == 1
+    model = VLJEPA.from_pretrained(tmp_path / "a" / "model")
+    assert len(model.config.answers) == 2 and model.config.answers[0].startswith("picture 0")
+
+
+@pytest.mark.parametrize("wrong,words", [
+    (["--augment", "1"], "add --train-encoder"), (["--image-size", "16"], "add --train-encoder"),
+    (["--train-encoder", "--feature-cache", "c"], "changes"), ([*NEW, "--vit", "v"], "its own sizes")])
+def test_options_that_exclude_each_other_are_named(wrong, words):
+    with pytest.raises(ConfigError, match=words):
+        train_jepa.main(["--data-dir", "nowhere", *wrong])
+
+
+def test_moved_pictures_stay_in_range_and_strength_nought_moves_nothing():
+    rng = np.random.default_rng(0)
+    pixels = rng.uniform(-1, 1, (4, 3, 8, 6)).astype(np.float32)
+    np.testing.assert_allclose(moved(pixels, np.random.default_rng(1), 0.0), pixels, atol=1e-6)
+    once, again = (moved(pixels, np.random.default_rng(1)) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    assert once.dtype == np.float32 and once.shape == pixels.shape and not np.allclose(once, pixels, atol=0.1)
+    assert once.min() >= pixels.min() - 1e-6 and once.max() <= pixels.max() + 1e-6
+    flat = np.full((2, 3, 8, 8), 0.25, np.float32)
+    np.testing.assert_allclose(moved(flat, rng), flat, atol=1e-6)
+
+
+def test_a_picture_shifted_by_whole_pixels_is_that_picture():
+    pixels = np.arange(64, dtype=np.float32).reshape(1, 1, 8, 8).repeat(3, axis=1)
+    draws = iter([np.zeros((2, 1, 1, 1)), np.array([0.0, 1.0]).reshape(2, 1, 1, 1)])  # no turn; an eighth to the left
+    found = moved(pixels, SimpleNamespace(uniform=lambda *_: next(draws)))
+    np.testing.assert_allclose(found[..., :-1], pixels[..., 1:], atol=1e-5)
+    np.testing.assert_allclose(found[..., -1], pixels[..., -1], atol=1e-5)

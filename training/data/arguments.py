@@ -1,0 +1,66 @@
+"""The command-line options that say what data to train or measure on, and what they open."""
+
+import sys
+from pathlib import Path
+
+from training.data.dataset import open_dataset
+from training.data.readers import FORMATS
+from training.data.readers.settings import Settings
+from xuracore.errors import DTypeError, ShapeError
+from xuravljepa.model import CAPTION_QUERY
+
+SHOWN = 10
+BAD_SAMPLES = "bad_samples.jsonl"
+
+
+def add_data_options(parser):
+    """Add the options about one's own data, beside ``--data-dir``."""
+    group = parser.add_argument_group("your own data (with --data-dir; see training/README.md)")
+    group.add_argument("--data-format", choices=FORMATS, default="auto", help="of what lies there (default: looked at)")
+    group.add_argument("--data-images", metavar="DIR", help="folder of the pictures, if not beside the data")
+    group.add_argument("--data-question", metavar="TEXT", default=CAPTION_QUERY,
+                       help=f"asked of pictures that have only a class (default {CAPTION_QUERY!r})")
+    for name, what in (("img", "pictures"), ("caption", "captions"), ("query", "questions"), ("answer", "answers")):
+        group.add_argument(f"--csv-{name}-key", metavar="NAME", help=f"column, or JSON key, of the {what}")
+    group.add_argument("--csv-separator", metavar="CHARACTER", help="of columns (default: what the first line has)")
+    group.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="SHARE",
+                       help="of rows that may be bad: they are reported and left out (default 0: none)")
+
+
+def open_from(args, split=None, say=None):
+    """The Dataset at ``args.data_dir``; errors as in ``open_dataset``."""
+    separator = {"\\t": "\t", "tab": "\t"}.get(args.csv_separator, args.csv_separator)
+    settings = Settings(Path(args.data_images) if args.data_images else None, args.data_question, args.csv_img_key,
+                        args.csv_caption_key, args.csv_query_key, args.csv_answer_key, separator)
+    return open_dataset(args.data_dir, args.data_format, split=split, max_bad_fraction=args.max_bad_fraction,
+                        settings=settings, say=say)
+
+
+def leave_out_long(model, bad, *parts):
+    """For each list of rows, those whose texts the model has room for; the others go to ``bad``."""
+    kept = [[row for row in rows if _fits(model, row, bad)] for rows in parts]
+    bad.check(sum(map(len, kept)))
+    return kept
+
+
+def _fits(model, row, bad):
+    try:
+        model.query_tokens([row.query or CAPTION_QUERY])
+        model.y_encoder.tokens([row.caption if row.answer is None else row.answer])
+    except (ShapeError, DTypeError) as error:
+        bad.add(*(row.origin or (row.image, None)), error)
+        return False
+    return True
+
+
+def report_bad(bad, folder, quiet=False):
+    """Say on stderr how many rows were left out, and which first; write all to ``folder``/bad_samples.jsonl."""
+    if folder is not None:
+        path = Path(folder) / BAD_SAMPLES
+        path.unlink(missing_ok=True)  # of an earlier run
+        if bad.count:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            bad.save(path)
+    if bad.count and not quiet:
+        where = f" (all in {path})" if folder is not None else ""
+        print(f"{bad.count} bad rows were left out{where}:\n{bad.report(SHOWN)}", file=sys.stderr, flush=True)
