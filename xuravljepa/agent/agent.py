@@ -7,6 +7,7 @@
 The agent owns the loop; the model knows nothing of tools.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -19,6 +20,7 @@ import numpy as np
 from xuracore import io, no_grad
 from xuracore.errors import FormatError, ShapeError
 from xuracore.tensor import Tensor
+from xuracore.threads import one_blas_thread
 from xuravljepa import angn
 from xuravljepa.agent.builtin import KnowledgeBase
 from xuravljepa.agent.confusion import monitor_features
@@ -32,6 +34,7 @@ from xuravljepa.agent.trace import Replay, Run
 from xuravljepa.model import CAPTION_QUERY, PRESETS, SHIPPED, VLJEPA
 
 STATE_VERSION = 2
+SMALL = 4e6  # parameters up to which a second BLAS thread gains nothing, and on a busy machine is long waited for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +80,7 @@ class Agent:
         self.auto_reset, self.memory = auto_reset, None
         self.reset()
         self._cards, self._prices, self._warm = {}, None, False
+        self._blas_held = one_blas_thread if model.parameter_count() <= SMALL else contextlib.nullcontext
 
     @classmethod
     def from_pretrained(cls, source="tiny", recursion=None):
@@ -124,6 +128,10 @@ class Agent:
         answer, if it is known, for the trace.   runner, clock : of a Replay.
         Raises FormatError for an unreadable picture, ShapeError for an empty or overlong question.
         """
+        with self._blas_held():
+            return self._ask(image, question, expected, runner, {} if clock is None else {"clock": clock})
+
+    def _ask(self, image, question, expected, runner, options):
         query = self.model.query_tokens([question])  # before the picture: a wrong question changes nothing
         visual = self._see(image)
         reader = _Reader(self.model, self.heads, query, visual)
@@ -134,7 +142,6 @@ class Agent:
             monitor.p_wrong(reading, 0)
             injector.inject(reading, ToolResult("", True, text="0"))
             self._warm = True
-        options = {} if clock is None else {"clock": clock}
         layer = RecursionLayer(reader, monitor, _Selector(self), injector, self.tools, runner, self.recursion,
                                **options)
         run = Run(
