@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, spread
+from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, spread
 from training.phases.common import generator, row_picture
 from xuravljepa.agent.trace import printable
 from xuravljepa.image import read_rgb
@@ -48,8 +48,8 @@ def html_page(result, answers=None):
         sections += _galleries(answers, about["seed"])
     if "answers" in measured:
         sections.append(_confusion(measured["answers"]["confusion"]))
-    if "health" in measured:
-        sections.append(_health(measured["health"]))
+    sections += [section(measured[name]) for name, section in (("words", _words), ("health", _health))
+                 if name in measured]
     small = [section(measured[name]) for name, section in _SMALL.items() if name in measured]
     sections.append(f'<div class="columns">{"".join(small)}</div>' if small else "")
     sections.append(_provenance(about, {name: part["skipped"] for name, part in result.items() if "skipped" in part}))
@@ -302,26 +302,30 @@ def _retrieval(found):
 
 
 def _words(found):
-    parts, captions = [], found["captions"]
+    parts, notes = [], []
     if "answers" in found:
         rows = [["a right answer", _ranged(found["answers"]["exact"])],
                 ["the nearest answer", _ranged(found["answers"]["nearest"])]]
         parts.append(_table(["the decoder writes", "%"], rows))
-    if "skipped" not in captions:
-        kinds = list(captions["own"])
-        rows = [[title, *(_measure(kind, captions[name][kind]) for kind in kinds)]
-                for name, title in (("own", "captions"), ("other", "held against another picture's"))]
-        heads = {"exact": "exact, %", "bleu4": "BLEU-4", "cider": "CIDEr"}
-        parts.append(_table(["", *(heads[kind] for kind in kinds)], rows))
-        examples = [[_text(_short(pair["written"], 160)), _text(_short(pair["caption"], 160))]
-                    for pair in captions["examples"]]
-        parts.append(_table(["written", "caption"], examples, "texts"))
-    note = f"Captions: {captions['skipped']}." if "skipped" in captions else captions.get("note", "")
-    return _section("What the decoder writes", "\n".join(parts), _text(note[:1].upper() + note[1:]))
+    for kind, row in found["texts"].items():
+        if kind == "skipped":
+            notes.append(f"Captions: {_text(row)}.")
+            continue
+        lines = [[title, *(_written(measure, cell) for measure, cell in row[name].items())]
+                 for name, title in (("own", "held against its own"), ("other", "another picture's"))]
+        heads = [f"<b>{_text(kind.replace('_', ' '))}</b>", *(WRITTEN[measure] for measure in row["own"])]
+        parts.append(_table(heads, lines))
+        parts.append(_table(["written", "expected"], [[_text(_short(pair["written"], 160)),
+                                                       _text(_short(pair["caption"], 160))]
+                                                      for pair in row["examples"]], "texts"))
+        if "note" in row:
+            parts.append(f'<p class="note">{_text(row["note"][:1].upper() + row["note"][1:])}</p>')
+    return _section("What the decoder writes", "\n".join(parts), " ".join(notes))
 
 
-def _measure(kind, cell):
-    return f"<b>{cell['value']:.3f}</b><small>{_interval(cell, 1, 3)}</small>" if kind == "cider" else _ranged(cell)
+def _written(measure, cell):
+    shown, scale, digits = (f"{cell['value']:.2f}", 1, 2) if measure == "cider" else (_percent(cell), 100, 1)
+    return f"<b>{shown}</b><small>{_interval(cell, scale, digits)}</small>"
 
 
 def _health(found):
@@ -389,7 +393,7 @@ def _provenance(about, skipped):
     return _section("How this was measured", f'<table class="facts"><tbody>{lines}</tbody></table>')
 
 
-_SMALL = {"classes": _classes, "retrieval": _retrieval, "words": _words, "doubt": _doubt, "tools": _tools,
+_SMALL = {"classes": _classes, "retrieval": _retrieval, "doubt": _doubt, "tools": _tools,
           "injection": _injection}
 _STYLE = """
 :root { --paper: #f6f7f9; --card: #fff; --ink: #1c2330; --soft: #5d6778; --line: #d9dee6; --bar: #4472c4;

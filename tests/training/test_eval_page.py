@@ -93,7 +93,7 @@ def test_own_data_through_every_job_and_the_same_bytes_again(folder, pictures, t
     assert result["answers"]["types"]["t0"]["accuracy"]["pictures"] == 24
     assert result["classes"]["names"] == ["gold", "plum", "teal"]
     assert result["retrieval"]["pictures"] == result["retrieval"]["captions"] == 24
-    assert result["words"]["captions"]["pictures"] == 24 and "flatters" in result["about"]["data"]["notes"][0]
+    assert result["words"]["texts"]["caption"]["pictures"] == 24 and "flatters" in result["about"]["data"]["notes"][0]
     for word in ("t1", "R@10", "effective rank", "templates", result["about"]["data"]["sha256"][:16]):
         assert word in said
     checked = Checked(page)

@@ -120,12 +120,15 @@ def other_pictures(rows, seed=0):
     return [following[image_key(row)] for row in rows]
 
 
-def ask_each(rows, query):
-    """One row per picture, the first, with ``query`` as its question and no choices."""
+def ask_each(rows, query, keep=False):
+    """One row per picture, the first, with ``query`` as its question and no choices.
+
+    keep : leave a row's own question where it has one.
+    """
     first = {}
     for row in rows:
         first.setdefault(image_key(row), row)
-    return [replace(row, query=query, choices=()) for row in first.values()]
+    return [replace(row, query=row.query if keep and row.query else query, choices=()) for row in first.values()]
 
 
 def groups_of(row):
@@ -159,6 +162,21 @@ class Intervals:
         low, high = metrics.mean_interval(value, self.rng(name), pictures, self.resamples)
         return {"value": float(np.mean(value)), "low": low, "high": high, "count": len(value),
                 "pictures": len(np.unique(pictures))}
+
+    def jackknife(self, statistic, count, pictures=None):
+        """The cell of ``statistic(indices)`` over ``count`` rows, its interval from leaving out tenths of pictures.
+
+        pictures (count,): whose rows are left out together.  Without them, or with fewer than 20, no interval.
+        """
+        every = np.arange(count)
+        cell = {"value": float(statistic(every)), "count": count}
+        kinds = [] if pictures is None else np.unique(pictures)
+        if len(kinds) >= 20:  # fewer leave tenths of a picture or two
+            tenth = self.rng("jackknife").permutation(np.arange(len(kinds)) % 10)
+            part = tenth[np.searchsorted(kinds, pictures)]
+            low, high = metrics.jackknife_interval(statistic, [np.flatnonzero(part == i) for i in range(10)], every)
+            cell.update(low=low, high=high, pictures=len(kinds))
+        return cell
 
     def by_type(self, column, rows, value, pictures):
         """{group: cell} over the groups of the rows."""

@@ -23,8 +23,8 @@ SORT_OF_CLEVR = {
 }
 NOT_COMPARABLE = (
     "Questions whose answer hangs on less than 3 pixels are rejected by the generator, so these numbers cannot be "
-    "compared with those on the popular generator's file, where an object may be its own neighbour and near ties are "
-    "asked.")
+    "compared with those on the popular generator's file, where an object may be its own neighbour and near ties "
+    "are asked.")
 
 
 def measure(model, material, features, intervals, heads=None, report=None):

@@ -30,7 +30,8 @@ def measure(model, answers, features, intervals):
         "predictor": describe(predicted, pictures, intervals),
         "y_encoder": describe(targets, None, intervals),
         "x_encoder": describe(seen, np.arange(len(seen)), intervals),
-        "alignment": _cell(lambda rows: metrics.alignment(predicted[rows], wanted[rows]), pictures, intervals),
+        "alignment": intervals.jackknife(
+            lambda rows: metrics.alignment(predicted[rows], wanted[rows]), len(predicted), pictures),
     }
     result["alarms"] = [
         text for name, kind in (("predictor", "predicted embeddings"), ("y_encoder", "embeddings of the answers"))
@@ -50,10 +51,10 @@ def describe(x, pictures, intervals):
     paired = unit[:MOST_PAIRED]
     return {
         "dimensions": x.shape[1], "rows": len(x),
-        "rank": _cell(lambda rows: metrics.effective_rank(unit[rows]), pictures, intervals, len(x)),
-        "cosine": _cell(lambda rows: metrics.mean_cosine(unit[rows]), pictures, intervals, len(x)),
-        "uniformity": _cell(lambda rows: metrics.uniformity(paired[rows]),
-                            None if pictures is None else pictures[: len(paired)], intervals, len(paired)),
+        "rank": intervals.jackknife(lambda rows: metrics.effective_rank(unit[rows]), len(x), pictures),
+        "cosine": intervals.jackknife(lambda rows: metrics.mean_cosine(unit[rows]), len(x), pictures),
+        "uniformity": intervals.jackknife(lambda rows: metrics.uniformity(paired[rows]), len(paired),
+                                          None if pictures is None else pictures[: len(paired)]),
         "deviation": [float(deviation[0]), float(np.median(deviation)), float(deviation[-1])],
         "dead": int((deviation < 0.1).sum()),
     }
@@ -74,17 +75,3 @@ def alarms(described, kind, distinct):
         found.append(f"the {kind} have a mean cosine of {cosine:.3f}, above {GREATEST_COSINE}: they nearly all point "
                      f"the same way")
     return found
-
-
-def _cell(statistic, pictures, intervals, count=None):
-    every = np.arange(len(pictures) if pictures is not None else count)
-    cell = {"value": float(statistic(every)), "count": len(every)}
-    kinds = [] if pictures is None else np.unique(pictures)
-    if len(kinds) >= 20:  # fewer leave tenths of a picture or two
-        order = intervals.rng("jackknife").permutation(len(kinds))
-        tenth = np.empty(len(kinds), int)
-        tenth[order] = np.arange(len(kinds)) % 10
-        part = tenth[np.searchsorted(kinds, pictures)]
-        low, high = metrics.jackknife_interval(statistic, [np.flatnonzero(part == i) for i in range(10)], every)
-        cell.update(low=low, high=high, pictures=len(kinds))
-    return cell

@@ -10,6 +10,8 @@ from xuracore.errors import ConfigError
 from xuravljepa.feature_cache import picture_digest
 
 PRIOR_SCENES = 4000
+TEXT_SCENES = 100
+TEXT_TYPES = ("caption_down", "colours", "shapes", "colours_of")
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,7 @@ class Material:
     """What to measure on.
 
     rows : questions with answers about pictures.   prior_rows : rows of training, for the question-only prior.
+    texts : rows with a question that is answered by a text of its own, their ``caption``.
     splits : {column: further rows} that are measured beside them.   captions : rows with a picture and a caption.
     notes : what a reader should know about the choice.   bad : a BadRows, what was left out of a person's own data.
     """
@@ -25,6 +28,7 @@ class Material:
     rows: tuple
     prior_rows: tuple
     captions: tuple = ()
+    texts: tuple = ()
     splits: dict = field(default_factory=dict)
     generated: bool = False
     notes: tuple = ()
@@ -32,12 +36,12 @@ class Material:
 
     def usable(self, features):
         """The same without the rows whose picture a FeatureStore could not read."""
-        parts = {name: tuple(features.usable(getattr(self, name))) for name in ("rows", "captions")}
+        parts = {name: tuple(features.usable(getattr(self, name))) for name in ("rows", "captions", "texts")}
         return replace(self, **parts, splits={name: features.usable(rows) for name, rows in self.splits.items()})
 
     def every_row(self):
         """All rows whose pictures are needed."""
-        return [*self.rows, *self.captions, *(row for rows in self.splits.values() for row in rows)]
+        return [*self.rows, *self.captions, *self.texts, *(row for rows in self.splits.values() for row in rows)]
 
     def sha256(self):
         """SHA-256 of all texts, of what the pictures are, and of the bytes of those that are files."""
@@ -56,6 +60,7 @@ def generated(scenes, seed=0):
         Dataset.scenes("test", scenes, seed).rows,
         Dataset.scenes("train", PRIOR_SCENES, seed).rows,
         Dataset.captions("test", scenes, seed).rows,
+        Dataset.captions("test", min(scenes, TEXT_SCENES), seed, types=TEXT_TYPES, templates="plain").rows,
         {"paraphrase": Dataset.scenes("test", half, seed, templates="paraphrase").rows,
          "ood": Dataset.scenes("ood", half, seed).rows,
          "corrupt": Dataset.scenes("corrupt", half, seed).rows},
@@ -102,4 +107,9 @@ def own(path, split=None, limit=None, data=None):
     if left:
         notes.append(f"{left} rows without a picture were left out")
     return Material(f"{path}, {chosen or 'all rows'}", tuple(row for row in picked if row.query and row.answer),
-                    tuple(prior), tuple(row for row in picked if row.caption), notes=tuple(notes), bad=data.bad)
+                    tuple(prior), tuple(row for row in picked if row.caption and not _asks_for_text(row)),
+                    tuple(row for row in picked if _asks_for_text(row)), notes=tuple(notes), bad=data.bad)
+
+
+def _asks_for_text(row):
+    return row.query is not None and row.answer is None and row.caption is not None

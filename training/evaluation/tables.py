@@ -1,6 +1,10 @@
 """The results as text for a terminal."""
 
+from training.evaluation.words import NOT_TAUGHT
+
 COLUMNS = ("accuracy", "prior", "shuffled", "permuted", "paraphrase", "ood", "corrupt")
+WRITTEN = {"exact": "exact", "bleu4": "BLEU-4", "cider": "CIDEr", "objects": "all objects", "precision": "precision",
+           "recall": "recall"}
 ORDER_SENTENCE = "Answers that another order of the candidates changes"
 _TITLES = {"doubt": "Knowing when it is wrong", "tools": "Questions that need a tool",
            "injection": "Taking in what a tool said", "compared": "The same with the other heads"}
@@ -93,16 +97,20 @@ def words(found):
     if "answers" in found:
         lines += [f"  a right answer        {percent(found['answers']['exact'])}",
                   f"  the nearest answer    {percent(found['answers']['nearest'])}"]
-    captions = found["captions"]
-    if "skipped" in captions:
-        return "\n".join([*lines, f"  captions: not measured, {captions['skipped']}"])
-    for name, title in (("own", "captions"), ("other", "another picture's")):
-        lines.append(f"  {title:22s}" + "   ".join(
-            f"{measure.upper() if measure != 'exact' else 'exact'} "
-            f"{percent(cell) if measure != 'cider' else '{value:.3f} [{low:.3f}, {high:.3f}]'.format(**cell)}"
-            for measure, cell in captions[name].items()))
-    if "note" in captions:
-        lines.append(f"  {captions['note']}")
+    texts = found["texts"]
+    if "skipped" in texts:
+        return "\n".join([*lines, f"  captions: not measured, {texts['skipped']}"])
+    present = [name for name in WRITTEN if any(name in row["own"] for row in texts.values())]
+    lines.append(f"  {'texts':22s}{'exact':>20s}" + "".join(f"{WRITTEN[name]:>13s}" for name in present[1:]))
+    for kind, row in texts.items():
+        for name, title in (("own", kind.replace("_", " ")), ("other", "  of another picture")):
+            cells = row[name]
+            lines.append(f"  {title:22s}{percent(cells['exact']):>20s}" + "".join(
+                f"{(1 if measure == 'cider' else 100) * cells[measure]['value']:13.{2 if measure == 'cider' else 1}f}"
+                for measure in present[1:] if measure in cells))
+    untaught = [kind.replace("_", " ") for kind, row in texts.items() if "note" in row]
+    if untaught:
+        lines.append(f"  {', '.join(untaught)}: {NOT_TAUGHT}")
     return "\n".join(lines)
 
 

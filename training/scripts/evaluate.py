@@ -114,7 +114,7 @@ def about(args, argv, chosen):
         "model": {"name": args.model, "sha256": file_sha256(weights) if weights.is_file() else None},
         "data": {"name": chosen.name, "sha256": chosen.sha256(), "questions": asked,
                  "pictures": len(np.unique(picture_numbers(chosen.rows))) if asked else 0,
-                 "captions": len(chosen.captions), "notes": list(chosen.notes)},
+                 "captions": len(chosen.captions) + len(chosen.texts), "notes": list(chosen.notes)},
         "versions": {"xura": __version__, "numpy": np.__version__, "python": platform.python_version()},
         "seed": args.seed, "resamples": args.resamples,
     }
@@ -146,7 +146,7 @@ def measure_model(args, agent, chosen, wanted):
     if "retrieval" in wanted:
         result["retrieval"] = retrieval.measure(model, chosen.captions, features, intervals, args.caption_query)
     if "words" in wanted:
-        result["words"] = words.measure(model, said, chosen.captions, features, intervals, args.caption_query,
+        result["words"] = words.measure(model, said, chosen, features, intervals, args.caption_query,
                                         report=options.counter(args, "texts written"))
     if "health" in wanted:
         if said is None:
