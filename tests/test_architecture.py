@@ -19,7 +19,7 @@ THIRD_PARTY = {
     "xuravljepa": {"numpy", "PIL"},
     "training": {"numpy", "PIL"},
 }
-EXTRAS = {"tokenizers", "mpi4py", "tensorboardX"}  # optional: imported inside the function that needs them
+EXTRAS = {"tokenizers", "mpi4py", "tensorboardX", "sklearn"}  # optional: imported inside the function that needs them
 ENTRY_POINTS = {"cli.py", "__main__.py"}  # and scripts/: they compose, so they may look upward
 ONLY_IMPORTER_OF_NUMBA = "xuracore/jit.py"
 

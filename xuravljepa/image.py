@@ -75,8 +75,8 @@ def load(source, size=64, mean=HALF, std=HALF, *, resize="squash", crop_fraction
     """A picture as float32 (3, size, size), normalised: (value / 255 − mean) / std.
 
     ``source`` is a path, the bytes of a file, a PIL image, or an array: uint8 (H, W), (H, W, 3) or (H, W, 4), or
-    floats in 0..1 of these shapes.  The EXIF orientation is applied, transparency is laid over white, an animation gives its
-    first frame.  The other arguments are those of ``Preprocessing``.
+    floats in 0..1 of these shapes.  The EXIF orientation is applied, transparency is laid over white, an animation
+    gives its first frame.  The other arguments are those of ``Preprocessing``.
 
     Raises FormatError, with the path, for a file that is missing, damaged, truncated, of a foreign format or
     larger than ``max_pixels``; ShapeError or DTypeError for an array that is no picture.

@@ -28,10 +28,14 @@ class PixelStore(PictureStore):
         self._recipe = recipe = model.config.preprocessing
         needed = len(self.pictures) * 3 * recipe.size**2
         if needed > MAX_BYTES:
-            raise ConfigError(f"{len(self.pictures):,} pictures of {recipe.size} pixels take {needed:,} bytes in memory, "
-                              f"more than {MAX_BYTES:,}: use a frozen X-Encoder, or smaller pictures")
+            raise ConfigError(f"{len(self.pictures):,} pictures of {recipe.size} pixels take {needed:,} bytes in "
+                              f"memory, more than {MAX_BYTES:,}: use a frozen X-Encoder, or smaller pictures")
         self._pixels = np.empty((len(self.pictures), recipe.size, recipe.size, 3), np.uint8)
-        for row, picture in self._good(lambda row: images.fit(images.read_rgb(row_picture(row)), recipe), self.pictures):
+
+        def pixels(row):
+            return np.asarray(images.fit(images.read_rgb(row_picture(row)), recipe))
+
+        for row, picture in self._good(pixels, self.pictures):
             self._pixels[len(self)] = picture
             self._keep([row])
 

@@ -150,7 +150,8 @@ def encoder_options(parser):
     group.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here (float16, found by "
                        "the pictures' bytes), so that no run encodes a picture again")
     group.add_argument("--train-encoder", action="store_true", help="it learns too, for small pictures of your own")
-    group.add_argument("--image-size", type=options.positive, metavar="PIXELS", help="side of the pictures for a new one")
+    group.add_argument("--image-size", type=options.positive, metavar="PIXELS",
+                       help="side of the pictures for a new one")
     group.add_argument("--patch-size", type=options.positive, metavar="PIXELS", help="side of its patches")
     group.add_argument("--augment", type=float, default=0.0, metavar="STRENGTH", help="turn, scale and shift the "
                        "pictures while training; 1: by up to 12 degrees, a tenth, an eighth of the side (default 0)")
@@ -176,9 +177,9 @@ def main(argv=None):
                         help="begin with so many batches of the simplest generated questions (default 600; none with "
                         "--tiny or --data-dir)")
     parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
-    parser.add_argument("--model", metavar="DIR", help="go on from the weights of this model; 'tiny' is the shipped one")
-    parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="how generated questions are put: "
-                        "in a few ways each, or in hundreds, and captions too (default)")
+    parser.add_argument("--model", metavar="DIR", help="go on from this model's weights; 'tiny' is the shipped one")
+    parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="how generated questions are "
+                        "put: in a few ways each, or in hundreds, and captions too (default)")
     parser.add_argument("--typos", type=float, default=0.05, metavar="SHARE",
                         help="of the questions with one slip of the pen (default 0.05)")
     objective_options(parser)
@@ -233,8 +234,9 @@ def main(argv=None):
     steps = steps or args._defaults["steps"]
     settings = objective_config(args, len(answers), steps)
     written = any(row.answer is None for row in train_rows)
-    for name in ("predictor", "log_scale") + ("y_encoder",) * (settings.target != "frozen") + ("y_decoder",) * written + (
-            ("x_encoder",) * args.train_encoder):
+    learns = {"predictor": True, "log_scale": True, "y_encoder": settings.target != "frozen", "y_decoder": written,
+              "x_encoder": args.train_encoder}
+    for name in (name for name, wanted in learns.items() if wanted):
         getattr(model, name).requires_grad_()
     training = objective.Training(model, objective.Objective(settings, model, [jepa.target(row) for row in train_rows]))
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
