@@ -93,19 +93,6 @@ class TwoPass:
         ]
 
 
-class Weighted:
-    """A loss function that is a mean over ``weight(batch)`` things, such as the tokens of its texts.
-
-    Where batches are accumulated, or lie on several ranks, each counts by its weight, as in one large batch.
-    """
-
-    def __init__(self, loss_function, weight):
-        self._loss_function, self.weight = loss_function, weight
-
-    def __call__(self, model, batch, rng):
-        return self._loss_function(model, batch, rng)
-
-
 def _send_back(features, cotangents):
     """Backward through all features at once."""
     total = None

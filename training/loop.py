@@ -36,7 +36,7 @@ import xuracore as xc
 from training import checkpoint
 from training.event_log import EventLog, writer_class
 from training.optim import ExponentialMovingAverage, clip_grad_norm
-from training.parallel import ALONE, GradientSum, RankError, own_chance, weighted_means
+from training.parallel import ALONE, GradientMean, RankError, means, own_chance
 from training.plot import draw_training
 from training.progress import MetricLog, ProgressLine, Taken, Window
 from xuracore.config import Config, require
@@ -125,7 +125,7 @@ class Trainer:
         self.output_dir = None if output_dir is None else Path(output_dir)
         self.evaluate, self.after_step, self.describe = evaluate, after_step, describe
         self.generators, self.stream, self.ranks = dict(generators or {}), stream if ranks.leads else None, ranks
-        self._gradients = GradientSum(optimizer.parameters(), ranks) if ranks.size > 1 else None
+        self._gradients = GradientMean(optimizer.parameters(), ranks) if ranks.size > 1 else None
         self.average = None
         if config.ema_decay is not None:
             self.average = ExponentialMovingAverage(optimizer.named_parameters(), config.ema_decay)
@@ -193,13 +193,13 @@ class Trainer:
         self.optimizer.zero_grad()
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):  # _update looks at the result
             if (count > 1 or self.ranks.size > 1) and hasattr(self.loss_function, "accumulate"):
-                rngs, weight = [functools.partial(self._rng, i) for i in indices], 1.0
+                rngs = [functools.partial(self._rng, i) for i in indices]
                 batches = [taken(i) for i in indices]
                 loss, metrics = self.loss_function.accumulate(self.model, batches, rngs, self.ranks)
             else:
-                loss, metrics, weight = self._mean_gradient(taken, indices)
+                loss, metrics = self._mean_gradient(taken, indices)
         if self.ranks.size > 1:
-            loss, metrics, taken.samples = self._of_all_ranks(loss, metrics, weight, taken.samples)
+            loss, metrics, taken.samples = self._of_all_ranks(loss, metrics, taken.samples)
         norm = self._update(loss, rate)
         self.step += 1
         record = {"loss": loss, **{name: float(value) for name, value in metrics.items()}, "grad_norm": norm}
@@ -208,30 +208,25 @@ class Trainer:
         self._report(rate)
 
     def _mean_gradient(self, batches, indices):
-        """Add up the gradients of batch after batch by their weights; (loss, metrics, weight of all)."""
-        weigh = getattr(self.loss_function, "weight", None)
-        source, weights, found = map(batches, indices), [1.0] * len(indices), []
-        if weigh is not None:
-            source = list(source)
-            weights = [float(weigh(batch)) for batch in source]
-        for index, batch, weight in zip(indices, source, weights):
-            loss, values = self.loss_function(self.model, batch, self._rng(index))
+        """Add up the gradients of batch after batch, divided by their number; mean loss and metrics."""
+        found = []
+        for index in indices:
+            loss, values = self.loss_function(self.model, batches(index), self._rng(index))
             if math.isfinite(loss.item()):
-                (loss * (weight / sum(weights)) if len(indices) > 1 else loss).backward()
-            found.append((weight, {"loss": loss.item(), **values}))
-        means = weighted_means(found)
-        return means.pop("loss"), means, sum(weights)
+                (loss * (1.0 / len(indices)) if len(indices) > 1 else loss).backward()
+            found.append({"loss": loss.item(), **values})
+        mean = means(found)
+        return mean.pop("loss"), mean
 
-    def _of_all_ranks(self, loss, metrics, weight, samples):
-        """Make the gradients those of all ranks; their (loss, metrics, samples), and whether to stop."""
+    def _of_all_ranks(self, loss, metrics, samples):
+        """Make the gradients the means over all ranks; (loss, metrics, samples) of all, and whether to stop."""
         values = {"loss": loss, **{name: float(value) for name, value in metrics.items()}}
-        told = self.ranks.gather({"weight": weight, "values": values, "samples": samples, "stop": self._asked,
+        told = self.ranks.gather({"values": values, "samples": samples, "stop": self._asked,
                                   "missing": self._gradients.missing()})
         self._stop = next((each["stop"] for each in told if each["stop"]), None)
-        self._gradients(weight / sum(each["weight"] for each in told),
-                        set.intersection(*(set(each["missing"]) for each in told)))
-        means = weighted_means([(each["weight"], each["values"]) for each in told])
-        return means.pop("loss"), means, sum(each["samples"] for each in told)
+        self._gradients(set.intersection(*(set(each["missing"]) for each in told)))
+        mean = means([each["values"] for each in told])
+        return mean.pop("loss"), mean, sum(each["samples"] for each in told)
 
     def _update(self, loss, rate):
         """Clip and step, unless loss or gradient is not finite; returns the norm of the gradient."""
@@ -500,8 +495,13 @@ def _numbers_that_differ(was, now):
     """["batch_size was 64, is 32", …] of two dicts, as far as it is plain numbers and texts that differ."""
     if not isinstance(was, dict) or not isinstance(now, dict):
         return []
-    return [f"{name} was {was.get(name)!r}, is {value!r}" for name, value in now.items()
-            if was.get(name) != value and isinstance(value, (int, float, str))]
+    found = []
+    for name, value in now.items():
+        if isinstance(value, dict):
+            found += [f"{name}.{text}" for text in _numbers_that_differ(was.get(name), value)]
+        elif was.get(name) != value and isinstance(value, (int, float, str)):
+            found.append(f"{name} was {was.get(name)!r}, is {value!r}")
+    return found
 
 
 def _as_json(value):

@@ -9,7 +9,7 @@ from training import optim, parallel, schedules
 from training.config_file import ConfigParser, resolved, write_resolved
 from training.loop import Trainer, TrainerConfig
 from xuracore import io
-from xuracore.errors import ConfigError, XuraError
+from xuracore.errors import ConfigError
 
 OPTIMIZERS = {"adamw": optim.AdamW, "adam": optim.Adam, "lion": optim.Lion, "sgd": optim.SGD,
               "rmsprop": optim.RMSprop, "adafactor": optim.Adafactor}
@@ -187,11 +187,13 @@ def keep_result(args, model, metrics):
 
 
 def run_script(main, argv=None):
-    """Call ``main(argv)``; errors of ours are one line on stderr and exit code 2, Ctrl-C is 130."""
+    """Call ``main(argv)`` and exit; mistakes of the caller's are one line on stderr and code 2, Ctrl-C is 130."""
     try:
         sys.exit(main(argv))
-    except XuraError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (Exception, KeyboardInterrupt) as error:
+        code, text = parallel.exit_code(error)
+        if text is None:
+            raise
+        if text:
+            print(f"error: {text}", file=sys.stderr)
+        sys.exit(code)

@@ -181,22 +181,28 @@ def together(main):
 def _give_up(ranks, error):
     if isinstance(error, SystemExit) and not error.code:
         return
-    code = 1
     if not ranks.leads:
         time.sleep(GRACE)
     if isinstance(error, SystemExit):
         code = error.code if isinstance(error.code, int) else 1
-    elif isinstance(error, KeyboardInterrupt):
-        code = 130
-    elif isinstance(error, XuraError):
-        code = 1 if isinstance(error, ArithmeticError) else 2
-        print(f"error on rank {ranks.rank}: {error}", file=sys.stderr)
     else:
-        traceback.print_exception(error)
-        print(f"the above ended rank {ranks.rank} and so all {ranks.size}", file=sys.stderr)
+        code, text = exit_code(error)
+        text = "".join(traceback.format_exception(error)) if text is None else f"error: {text}\n"
+        sys.stderr.write(f"rank {ranks.rank} of {ranks.size} ends all. {text}" if code != 130 else "")
     sys.stdout.flush()
     sys.stderr.flush()
     ranks.abort(code)
+
+
+def exit_code(error):
+    """(exit code, line that tells a person what is wrong, or None for a bug, whose traceback should be seen)."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ""
+    if isinstance(error, XuraError):
+        return 1 if isinstance(error, ArithmeticError) else 2, str(error)
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)):
+        return 2, f"{error.filename}: {error.strerror}"
+    return 1, None
 
 
 # ---------------------------------------------------------------------- work that is shared
@@ -213,8 +219,8 @@ def shared(function, ranks):
     return in_parts
 
 
-class GradientSum:
-    """Adds up the gradients of some parameters over the ranks, flattened into one array per type."""
+class GradientMean:
+    """Averages the gradients of some parameters over the ranks, flattened into one array per type."""
 
     def __init__(self, parameters, ranks):
         self._parameters, self._ranks, self._flat, self._views = list(parameters), ranks, {}, []
@@ -232,13 +238,14 @@ class GradientSum:
         """Numbers of the parameters that have no gradient here."""
         return [i for i, parameter in enumerate(self._parameters) if parameter.grad is None]
 
-    def __call__(self, factor, missing=()):
-        """Every gradient becomes Σ over ranks of factor · gradient; those ``missing`` everywhere stay away."""
+    def __call__(self, missing=()):
+        """Every gradient becomes its mean over the ranks; those ``missing`` everywhere stay away."""
+        share = 1 / self._ranks.size
         for parameter, view in zip(self._parameters, self._views):
             if parameter.grad is None:
                 view[...] = 0
             else:
-                np.multiply(parameter.grad, view.dtype.type(factor), out=view)
+                np.multiply(parameter.grad, view.dtype.type(share), out=view)
         for flat in self._flat.values():
             self._ranks.add_up(flat)
         absent = set(missing)
@@ -246,14 +253,10 @@ class GradientSum:
             parameter.grad = None if i in absent else view
 
 
-def weighted_means(found):
-    """{name: mean over those that have it} of ``found``: [(weight, {name: number})]."""
-    totals = {}
-    for weight, values in found:
-        for name, value in values.items():
-            total, whole = totals.get(name, (0.0, 0.0))
-            totals[name] = total + weight * value, whole + weight
-    return {name: total / whole for name, (total, whole) in totals.items()}
+def means(found):
+    """{name: mean over those that have it} of ``found``, a list of {name: number}."""
+    names = dict.fromkeys(name for values in found for name in values)
+    return {name: float(np.mean([values[name] for values in found if name in values])) for name in names}
 
 
 def own_chance(generators, rank):

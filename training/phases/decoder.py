@@ -11,9 +11,12 @@ that it has to compose.
 import numpy as np
 
 from training import caption_metrics
+from training.parallel import ALONE
 from training.phases.common import RowBatches, generator
 from training.phases.jepa import Example, collate, target
 from xuracore import no_grad
+from xuracore.config import require
+from xuravljepa.tokenizer import PAD
 
 
 @no_grad()
@@ -38,10 +41,11 @@ class AnswerBatches:
     """{"answers", "captions"}, each {"embedding" (B, E), "tokens" (B, L) from BOS to EOS} or None.
 
     A pure function of (seed, step).  Where there are both, captions are half a batch.  Rows whose predicted answer
-    is wrong teach nothing about wording and are left out.
+    is wrong teach nothing about wording and are left out.   ranks : those that share each batch; this one gives its
+    part of it, and "weight", by which its mean over tokens counts in the mean over the ranks.
     """
 
-    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05):
+    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05, ranks=ALONE):
         texts = sorted({target(row) for row in rows})
         self._place = {text: i for i, text in enumerate(texts)}
         self._targets = _encoded(model, texts)
@@ -51,11 +55,13 @@ class AnswerBatches:
         right = [i for i in answers
                  if known[(self._targets[known] @ predicted[i]).argmax()] == self._place[rows[i].answer]]
         self._predicted, self._rows, self._noise, self._seed = predicted, rows, noise, seed
-        self._tokens = model.y_decoder.tokens
+        self._tokens, self._ranks = model.y_decoder.tokens, ranks
         written = batch_size // 2 if right else batch_size
         self._captions = RowBatches(captions, written, seed + 1) if captions else None
         answered = batch_size - written if captions else batch_size
         self._answers = RowBatches(right, answered, seed) if right or not captions else None
+        least = min(part.batch_size for part in (self._answers, self._captions) if part)
+        require(least >= ranks.size, f"a batch of {batch_size} has {least} of a kind, too few for {ranks.size} ranks")
 
     def __len__(self):
         return len(self._answers or self._captions)
@@ -73,7 +79,10 @@ class AnswerBatches:
         noise = rng.standard_normal(predicted.shape) * (self._noise / np.sqrt(predicted.shape[1]))
         mixed = share * meant + (1 - share) * predicted + noise
         mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
-        return {"embedding": mixed.astype(np.float32), "tokens": self._tokens(texts)}
+        own, tokens = self._ranks.part(len(chosen)), self._tokens(texts)
+        foretold = np.count_nonzero(tokens[:, 1:] != PAD, axis=1)
+        weight = self._ranks.size * foretold[own].sum() / foretold.sum()
+        return {"embedding": mixed[own].astype(np.float32), "tokens": tokens[own], "weight": float(weight)}
 
 
 def loss_function(model, batch, rng=None, label_smoothing=0.0):
@@ -81,7 +90,7 @@ def loss_function(model, batch, rng=None, label_smoothing=0.0):
     total, metrics = 0.0, {}
     for name, part in batch.items():
         if part is not None:
-            loss = model.y_decoder.loss(part["embedding"], part["tokens"], label_smoothing)
+            loss = model.y_decoder.loss(part["embedding"], part["tokens"], label_smoothing) * part["weight"]
             metrics["perplexity" if name == "answers" else "caption_perplexity"] = float(np.exp(min(loss.item(), 20.0)))
             total = loss + total
     return total, metrics

@@ -8,7 +8,7 @@ import numpy as np
 if not __package__:  # run by path: import the packages that this script lies beside
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from training import options
+from training import options, parallel
 from training.phases import pretrain
 from xuracore import no_grad
 from xuravljepa.presets import VLJEPAConfig
@@ -34,6 +34,7 @@ def evaluate(model, batches, count=4):
     return {name: float(np.mean(values)) for name, values in found.items()}
 
 
+@parallel.together
 def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=3000, batch_size=48, lr=1e-3, warmup=200,
                                      weight_decay=0.02, output_dir="runs/vit")
@@ -49,16 +50,16 @@ def main(argv=None):
     if options.dry_run(args, phase=0, parameters=model.vit.parameter_count()):
         return 0
     options.say(args, f"phase 0: ViT of {model.vit.parameter_count():,} parameters on generated scenes")
-    batches = pretrain.SceneBatches(args.batch_size, args.data_seed, patch_grid=grid)
+    batches = pretrain.SceneBatches(options.whole_batch(args), args.data_seed, patch_grid=grid, ranks=args._ranks)
     unseen = pretrain.SceneBatches(64, args.data_seed, split="val", patch_grid=grid)
     result, trainer = options.train(
         model, pretrain.loss_function, batches, args,
         evaluate=lambda model, step: evaluate(model, unseen),
-        describe={"phase": 0, "vision": config.to_dict(), "batch_size": args.batch_size, "data_seed": args.data_seed},
+        describe={"phase": 0, "vision": config.to_dict(), "batch_size": options.whole_batch(args),
+                  "data_seed": args.data_seed},
     )
     if result.complete:
-        trainer.adopt()
-        options.keep_result(args, model.vit, evaluate(model, unseen, 16))
+        options.finish(args, trainer, model.vit, lambda: evaluate(model, unseen, 16))
     return result.exit_code
 
 

@@ -9,7 +9,7 @@ import numpy as np
 if not __package__:  # run by path: import the packages that this script lies beside
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from training import metrics, options
+from training import metrics, options, parallel
 from training.data.dataset import Dataset
 from training.data.tools_data import write_price_list
 from training.phases import agent as phase
@@ -58,6 +58,7 @@ def monitor_readings(model, heads, args, scenes, split, start):
     return {**found, "rows": rows}
 
 
+@parallel.together
 def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=1000, batch_size=32, lr=4e-3, warmup=100,
                                      weight_decay=0.01, output_dir="runs/agent")
@@ -82,7 +83,8 @@ def main(argv=None):
     output = Path(args.output_dir)
     if options.dry_run(args, phase=3, model=str(source), monitor_steps=args.monitor_steps):
         return 0
-    description = {"phase": 3, "heads": config.to_dict(), "batch_size": args.batch_size, "data_seed": args.data_seed}
+    description = {"phase": 3, "heads": config.to_dict(), "batch_size": options.whole_batch(args),
+                   "data_seed": args.data_seed}
 
     # ------------------------------------------------------------------ stage 1
     scenes = args.scenes or (40 if args.tiny else 3000)
@@ -93,7 +95,8 @@ def main(argv=None):
     features = FeatureStore(model, [*tool_rows, *plain_rows, *held_rows, *held_plain],
                             report=options.counter(args, "pictures encoded"))
     heads.monitor.familiarity.fit(features.tokens[:2000].astype(np.float32))
-    batches = phase.InjectionBatches(model, tool_rows, plain_rows, features, args.batch_size, args.seed)
+    batches = phase.InjectionBatches(model, tool_rows, plain_rows, features, options.whole_batch(args), args.seed,
+                                     ranks=args._ranks)
     held = phase.InjectionBatches(model, held_rows, held_plain, features, 64, args.seed + 1)
     objective = phase.injection_objective(model, cards, args.injection_weight)
     options.say(args, f"phase 3, stage 1: injector and selector, {heads.injector.parameter_count():,} and "
@@ -111,9 +114,10 @@ def main(argv=None):
     trainer.adopt()
     report = {"injection": evaluate(heads, result.step)}
     if args.stage == "injection" or args.injection_mode == "residual":
-        save_heads(heads, output)  # for evaluate.py --heads
-        io.save_json(output / "metrics.json", report)
-        print(json.dumps(report))
+        if args._ranks.leads:
+            save_heads(heads, output)  # for evaluate.py --heads
+            io.save_json(output / "metrics.json", report)
+            print(json.dumps(report))
         return 0
 
     # ------------------------------------------------------------------ stage 2
@@ -131,12 +135,14 @@ def main(argv=None):
     heads.monitor.requires_grad_()
     options.say(args, f"phase 3, stage 2: monitor, {heads.monitor.parameter_count():,} parameters, "
                 f"{fitting.sum():,} readings, {wrong[fitting].mean():.1%} wrong")
-    readings = phase.ReadingBatches(inputs[fitting], wrong[fitting], 256, args.seed)
+    readings = phase.ReadingBatches(inputs[fitting], wrong[fitting], 256, args.seed, args._ranks)
     result, trainer = options.train(heads, phase.monitor_objective, readings, args, steps=args.monitor_steps,
                                     output_dir=output / "monitor", describe={**description, "stage": 2})
     if not result.complete:
         return result.exit_code
     trainer.adopt()
+    if not args._ranks.leads:
+        return 0
     with no_grad():
         logits = heads.monitor(inputs[~fitting]).data
     heads.monitor.calibrate(logits, wrong[~fitting])

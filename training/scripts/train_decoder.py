@@ -6,7 +6,7 @@ from pathlib import Path
 if not __package__:  # run by path: import the packages that this script lies beside
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from training import options
+from training import options, parallel
 from training.data import arguments
 from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
@@ -25,6 +25,7 @@ examples:
 """
 
 
+@parallel.together
 def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=1000, batch_size=64, lr=2e-3, warmup=100,
                                      weight_decay=0.01, output_dir="runs/decoder", monitor="exact_match")
@@ -50,8 +51,10 @@ def main(argv=None):
         train_rows, held_rows = features.usable(train_rows), features.usable(held_rows)
         arguments.report_bad(bad, args.output_dir, args.quiet)
     options.say(args, f"predicting the answers of {len(train_rows):,} questions")
-    predicted = decoder.predict(model, train_rows, features, tool=True)
-    batches = decoder.AnswerBatches(model, train_rows, predicted, args.batch_size, args.seed)
+    predict = parallel.shared(lambda rows: decoder.predict(model, rows, features, tool=True), args._ranks)
+    predicted = predict(train_rows)
+    batches = decoder.AnswerBatches(model, train_rows, predicted, options.whole_batch(args), args.seed,
+                                    ranks=args._ranks)
     model.requires_grad_(False)
     model.y_decoder.requires_grad_()
     options.say(args, f"phase 2: {model.parameter_count(trainable_only=True):,} trained parameters")
@@ -74,12 +77,12 @@ def main(argv=None):
     result, trainer = options.train(
         model, lambda m, b, rng: decoder.loss_function(m, b, rng, args.label_smoothing), batches, args,
         evaluate=evaluate,
-        describe={"phase": 2, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
+        describe={"phase": 2, "model": model.config.to_dict(), "rows": len(train_rows),
+                  "batch_size": options.whole_batch(args),
                   "data_seed": args.data_seed},
     )
     if result.complete:
-        trainer.adopt()
-        options.keep_result(args, model, evaluate(model, result.step))
+        options.finish(args, trainer, model, lambda: evaluate(model, result.step))
     return result.exit_code
 
 

@@ -10,7 +10,7 @@ import numpy as np
 if not __package__:  # run by path: import the packages that this script lies beside
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from training import options
+from training import options, parallel
 from training.data import arguments
 from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
@@ -168,6 +168,7 @@ def check_encoder_options(args):
         raise ConfigError("--vit brings its own sizes; --image-size and --patch-size are for a new X-Encoder")
 
 
+@parallel.together
 def main(argv=None):
     parser = options.training_parser(__doc__, EPILOG, steps=5000, batch_size=32, lr=2e-3, warmup=200,
                                      weight_decay=0.02, output_dir="runs/jepa", monitor="all")
@@ -228,8 +229,8 @@ def main(argv=None):
         train_rows, held_rows = pictures.usable(train_rows), pictures.usable(held_rows)
         arguments.report_bad(bad, args.output_dir, args.quiet)
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
-    batches = jepa.QuestionBatches(model, train_rows, pictures, args.batch_size, args.seed, args.turns, lesson,
-                                   typos=args.typos)
+    batches = jepa.QuestionBatches(model, train_rows, pictures, options.whole_batch(args), args.seed, args.turns,
+                                   lesson, typos=args.typos, ranks=args._ranks)
     steps = max(1, args.epochs * len(batches) // args.accumulate) if args.epochs else args.steps
     steps = steps or args._defaults["steps"]
     settings = objective_config(args, len(answers), steps)
@@ -246,12 +247,12 @@ def main(argv=None):
         training, answer_loss, batches, args, steps=steps,
         lr_scales={"model.y_encoder": args.y_encoder_lr_multiplier},
         evaluate=lambda t, step: accuracy_by_type(t.model, held, seen), after_step=lambda t: t.after_step(),
-        describe={"phase": 1, "model": model.config.to_dict(), "rows": len(train_rows), "batch_size": args.batch_size,
-                  "data_seed": args.data_seed, "objective": settings.to_dict()},
+        describe={"phase": 1, "model": model.config.to_dict(), "rows": len(train_rows),
+                  "batch_size": options.whole_batch(args), "data_seed": args.data_seed,
+                  "objective": settings.to_dict()},
     )
     if result.complete:
-        trainer.adopt()
-        options.keep_result(args, model, accuracy_by_type(model, held, seen))
+        options.finish(args, trainer, model, lambda: accuracy_by_type(model, held, seen))
     return result.exit_code
 
 
