@@ -4,6 +4,8 @@ The embedding is turned into ``prefix_length`` vectors that stand in front of th
 is used in training and inference.  The output head is tied to the embedding table.
 """
 
+import heapq
+import operator
 from dataclasses import dataclass
 
 import numpy as np
@@ -123,30 +125,41 @@ class Decoder(nn.Module):
         return limit
 
     @no_grad()
-    def generate(self, embedding, max_length=None, allowed=None):
-        """The most likely text for one embedding (E,) or (1, E): greedy, byte by byte.
+    def generate(self, embedding, max_length=None, allowed=None, beams=1):
+        """The most likely text for one embedding (E,) or (1, E), byte by byte.
 
         max_length : tokens at most, BOS and EOS included; by default, and never more than, the config's.
         allowed : a list of texts; the answer is then one of them (constrained decoding over their trie).
+        beams : how many beginnings are followed; 1 is greedy, more find likelier texts.
         Returns (text, mean log-probability of its tokens).  ShapeError if an allowed text is too long, or
-        there is none, or the embedding is not one.
+        there is none, or the embedding is not one, or beams is below 1.
         """
-        limit = self._limit(max_length)
-        choices = _FREE
+        limit, follow = self._limit(max_length), _FREE
+        if beams < 1:
+            raise ShapeError(f"beams is {beams}; expected 1 or more")
         if allowed is not None:
-            choices = _trie([self._tokenizer.encode(text, limit - 2) for text in allowed])
-            if not choices:
+            follow = _trie([self._tokenizer.encode(text, limit - 2) for text in allowed])
+            if not follow:
                 raise ShapeError("no texts are allowed; pass None for free decoding")
         _, states = self._run(self.prefix(_array(embedding).reshape(1, -1)), None)
-        token, scores, ids = BOS, [], []
-        while token != EOS and len(scores) < limit - 1:
-            h, states = self._run(self.token_embedding(np.array([[token]])), states)
-            logits = self._logits(h).data[0, -1].astype(np.float64)
-            token = max(choices, key=logits.__getitem__)
-            scores.append(logits[token] - np.logaddexp.reduce(logits))
-            ids.append(token)
-            choices = choices if allowed is None else choices[token]
-        return self._tokenizer.decode(ids), float(np.mean(scores))
+        live, done, token = [(0.0, (), follow)], [], np.array([[BOS]])
+        while live and len(live[0][1]) < limit - 1:
+            h, states = self._run(self.token_embedding(token), states)
+            logits = self._logits(h).data[:, -1].astype(np.float64)
+            logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            forks = [(total + logits[i, token], i, token) for i, (total, _, follow) in enumerate(live)
+                     for token in follow]
+            forks = heapq.nlargest(beams, forks, key=operator.itemgetter(0))
+            done += [(total, (*live[i][1], EOS)) for total, i, token in forks if token == EOS]
+            best = max(done)[0] if done else -np.inf
+            forks = [fork for fork in forks if fork[2] != EOS and fork[0] > best]  # longer texts only get less likely
+            live = [(total, (*live[i][1], token), live[i][2] if allowed is None else live[i][2][token])
+                    for total, i, token in forks]
+            if [i for _, i, _ in forks] != list(range(len(token))):
+                states = [type(state)(*(part[[i for _, i, _ in forks]] for part in state)) for state in states]
+            token = np.array([[token] for _, _, token in forks])
+        total, ids = max([*done, *((total, ids) for total, ids, _ in live)], key=operator.itemgetter(0))
+        return self._tokenizer.decode(ids), total / len(ids)
 
 
 def _array(embedding):

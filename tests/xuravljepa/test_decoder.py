@@ -108,6 +108,16 @@ def test_free_decoding_takes_the_likeliest_byte_and_stops_in_time():
     assert model.generate(embedding)[0] == ""
 
 
+@given(st.integers(0, 5), st.integers(0, 3), st.integers(1, 3))
+def test_enough_beams_find_the_likeliest_of_the_allowed_texts(seed, weights, letters):
+    allowed = [a + b for a in "abc"[:letters] for b in ("", "x", "yz")]
+    model, embedding = decoder(weights), embeddings(1, seed)[0]
+    text, score = model.generate(embedding, allowed=allowed, beams=9)
+    found = model.log_probability(embedding, allowed)
+    assert text == allowed[found.argmax()] and score * (len(text) + 1) == pytest.approx(found.max(), abs=1e-4)
+    assert model.log_probability(embedding, [model.generate(embedding, allowed=allowed)[0]]) <= found.max() + 1e-6
+
+
 def test_all_at_once_is_one_by_one():
     model, given = decoder(), embeddings(5)
     model.token_embedding.weight.data[EOS] += 0.3  # so that some end early
@@ -155,6 +165,8 @@ def test_what_cannot_be_generated_is_named():
         model.generate(embedding, allowed=[])
     with pytest.raises(ShapeError, match="max_length is 1"):
         model.generate(embedding, max_length=1)
+    with pytest.raises(ShapeError, match="beams is 0"):
+        model.generate(embedding, beams=0)
     with pytest.raises(ShapeError, match="linear"):
         model.generate(np.ones(5, np.float32))
     for changes, message in (
