@@ -41,8 +41,20 @@ class VLJEPA(nn.Module):
 
     # ------------------------------------------------------------------ inputs
     def pixels(self, image):
-        """A path, array or PIL image → (1, 3, S, S) float32, normalised for this model."""
-        return images.prepare(image, self.config.preprocessing)[None]
+        """A path, array or PIL image → (1, 3, S, S) float32, normalised for this model.
+
+        A list of them is a video, (1, F, 3, S, S), for an X-Encoder of tubelets; the last frame is repeated
+        until F is a whole number of these.  ConfigError where the X-Encoder reads pictures alone.
+        """
+        if not isinstance(image, (list, tuple)):
+            return images.prepare(image, self.config.preprocessing)[None]
+        tubelet = self.config.vision.tubelet_size
+        if not tubelet:
+            raise ConfigError(f"a list of {len(image)} frames is a video; this model's X-Encoder reads pictures")
+        if not image:
+            raise ShapeError("the video has no frames")
+        frames = [images.prepare(frame, self.config.preprocessing) for frame in image]
+        return np.stack(frames + frames[-1:] * (-len(frames) % tubelet))[None]
 
     def query_tokens(self, questions):
         """Texts → (B, W, P) bytes of their words, padded with PAD.
@@ -68,7 +80,7 @@ class VLJEPA(nn.Module):
 
     @no_grad()
     def visual_tokens(self, pixels):
-        """pixels (B, 3, S, S) → (B, n_tokens, d) array; the X-Encoder is frozen."""
+        """pixels (B, 3, S, S), or videos (B, F, 3, S, S) → (B, n_tokens, d) array; the X-Encoder is frozen."""
         return self.x_encoder(pixels).data
 
     # ------------------------------------------------------------------ answers

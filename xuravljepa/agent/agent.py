@@ -124,8 +124,9 @@ class Agent:
     def ask(self, image, question, expected=None, runner=None, clock=None):
         """Answer a question about a picture, with tools where the agent doubts itself.
 
-        image : path, array or PIL image; None for the picture of the last question.   expected : the right
-        answer, if it is known, for the trace.   runner, clock : of a Replay.
+        image : path, array or PIL image, or a list of them, a video, where the X-Encoder reads these; None for
+        what the last question was about.   expected : the right answer, if it is known, for the trace.
+        runner, clock : of a Replay.
         Raises FormatError for an unreadable picture, ShapeError for an empty or overlong question.
         """
         with self._blas_held():
@@ -221,16 +222,17 @@ class Agent:
         return np.stack([self._cards[text] for text in texts])
 
     # ------------------------------------------------------------------ streams
-    def stream(self, frames, question=CAPTION_QUERY, decoder=None, times=None):
+    def stream(self, frames, question=CAPTION_QUERY, decoder=None, times=None, clip=1):
         """Watch frames and answer ``question`` only where something changed.
 
         frames : a folder, or an iterable of pictures.   decoder : SelectiveDecoder; its defaults suit the
         shipped model.   times : seconds since 1970 of the frames; by default those of a folder's files, or of
-        the clock when a frame comes.
-        Yields (frame number, answer, confidence) at each decision to speak.  With a memory, every new sight
-        is remembered, whether or not it changes the answer, and can be asked about with ``recall``.
+        the clock when a frame comes.   clip : frames that are read together, for an X-Encoder of videos.
+        Yields (frame number, answer, confidence) at each decision to speak; the answer is that of all frames
+        since the change.  With a memory, every new sight is remembered (of a clip its last frame), whether or
+        not it changes the answer, and can be asked about with ``recall``.
         """
-        from xuravljepa.agent.recall import Watching, numbered, picture_of
+        from xuravljepa.agent.recall import Watching, in_clips, numbered, picture_of, sight
         from xuravljepa.agent.selective import SelectiveDecoder
 
         decoder = SelectiveDecoder() if decoder is None else decoder
@@ -238,18 +240,22 @@ class Agent:
         with no_grad():
             query = self.model.query_tokens([question])
         try:
-            for number, frame, when, name in numbered(frames, times, time.time):
+            for number, frame, when, name in in_clips(numbered(frames, times, time.time), clip):
                 with no_grad():  # not around the yield: the caller's own gradients are not ours to switch off
                     visual = self._see(frame)
                     reading, confidence = self.glance(query, visual)
-                    spoken = decoder.push(reading.hidden["embedding"]) is not None
-                    watching.see(visual[0, 0], when, lambda: self.memory.add(
-                        visual[0, 0], picture_of(self._pixels, self.model.config), name, question,
-                        reading.answer, confidence, when))
+                    moment = decoder.push(reading.hidden["embedding"])
+                    key = sight(visual, self.model.config.vision)
+                    watching.see(key, when, lambda: self.memory.add(
+                        key, picture_of(self._pixels, self.model.config), name, question, reading.answer, confidence,
+                        when))
                     if self._should_reset(reading):
                         decoder.reset()
-                if spoken:
-                    yield number, reading.answer, confidence
+                    if moment is not None:
+                        nearest = int(self.model.similarities(moment.embedding[None]).argmax())
+                        answer = self.model.answer_bank()[0][nearest]
+                if moment is not None:
+                    yield number, answer, confidence
         finally:
             watching.end()
 

@@ -1,6 +1,6 @@
 """What the agent saw, asked afterwards: frames become memories, and a memory's picture can be asked anything.
 
-A frame's key is the X-Encoder's [CLS] token: with the shipped model noise moves it by a cosine distance under
+A frame's key is the X-Encoder's [CLS] token (``sight``): with the shipped model noise moves it by a cosine distance under
 0.002, a scene that lost one object by more than 0.1.  A question is not compared with keys: it is put to the
 remembered pictures themselves, which gives the answer that it would have had then.
 """
@@ -93,8 +93,8 @@ def remember(agent, visual, pixels, source, time):
     if pixels is None:
         raise ShapeError("there is no picture to remember: a state holds what was seen in it, not itself")
     reading, confidence = agent.glance(agent.model.query_tokens([CAPTION_QUERY]), visual)
-    return agent.memory.add(visual[0, 0], picture_of(pixels, agent.model.config), source, CAPTION_QUERY,
-                            reading.answer, confidence, time)
+    return agent.memory.add(sight(visual, agent.model.config.vision), picture_of(pixels, agent.model.config), source,
+                            CAPTION_QUERY, reading.answer, confidence, time)
 
 
 def _check_open(agent):
@@ -112,7 +112,7 @@ def recall(agent, question, k=5, since=None, until=None, like=None):
         found = [(memory, None) for memory in agent.memory.newest(k, *span)]
     else:
         visual = agent.model.visual_tokens(agent.model.pixels(like))
-        found = agent.memory.search(visual[0, 0], k, *span)
+        found = agent.memory.search(sight(visual, agent.model.config.vision), k, *span)
     recollections = []
     for memory, similarity in found:
         try:
@@ -126,9 +126,15 @@ def recall(agent, question, k=5, since=None, until=None, like=None):
     return recollections
 
 
+def sight(visual, vision):
+    """(d,) the key of visual tokens (1, n, d) in memory: [CLS], or the mean where the X-Encoder has none."""
+    return visual[0, 0] if vision.class_token else visual[0].mean(axis=0)
+
+
 def picture_of(pixels, config):
-    """Normalised pixels (1, 3, S, S) → the uint8 (S, S, 3) they were made of, exactly."""
-    values = np.moveaxis(pixels[0], 0, -1) * np.asarray(config.std, np.float32)
+    """Normalised pixels (1, 3, S, S), or the last of (1, F, 3, S, S) → the uint8 (S, S, 3) they were, exactly."""
+    last = pixels.reshape(-1, *pixels.shape[-3:])[-1]
+    values = np.moveaxis(last, 0, -1) * np.asarray(config.std, np.float32)
     return np.round((values + np.asarray(config.mean, np.float32)) * 255).astype(np.uint8)
 
 
@@ -191,3 +197,20 @@ def numbered(frames, times, clock):
         if when is None:
             raise ConfigError(f"times has no entry for frame {number}")
         yield number, frame, float(when), name
+
+
+def in_clips(frames, length):
+    """What ``numbered`` gives, ``length`` frames at a time, each a list with number, time and name of its last.
+
+    What is left at the end is a shorter one.  With a length of 1 the frames come as they are.
+    """
+    if length < 1:
+        raise ConfigError(f"clip is {length}; expected 1 frame or more")
+    together = []
+    for number, frame, when, name in frames:
+        together.append(frame)
+        if len(together) == length:
+            yield number, together if length > 1 else frame, when, name
+            together = []
+    if together:
+        yield number, together, when, name

@@ -16,9 +16,10 @@ from xuravljepa.agent.errors import MemoryBusyError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.memory import MemoryConfig
 from xuravljepa.agent.recall import EARLIER, frames_in, picture_of
-from xuravljepa.agent.selective import SelectiveConfig, SelectiveDecoder
+from xuravljepa.agent.selective import Decode, SelectiveConfig, SelectiveDecoder
 from xuravljepa.model import VLJEPA
 from xuravljepa.presets import VLJEPAConfig
+from xuravljepa.vit import VitConfig
 
 ANSWERS = ("circle", "square", "triangle", "yes", "no", *map(str, range(9)))
 ASKED = "what shape is the red one?"
@@ -162,6 +163,73 @@ def test_a_folder_is_a_stream_in_the_order_of_its_numbers(agent, tmp_path):
     list(agent.stream(str(tmp_path)))
     assert [(os.path.basename(entry.source), entry.time - NOW) for entry in agent.memory] == [
         ("frame1.png", 1), ("frame2.png", 2), ("frame10.png", 10)]
+
+
+@pytest.mark.parametrize("kind", ["folder", "list", "generator"])
+def test_what_any_stream_showed_can_be_asked_afterwards(agent, model, tmp_path, kind):
+    seeds, taken = [0, 0, 1, 1, 1, 2], []
+
+    def camera():
+        for seed in seeds:
+            taken.append(seed)  # a frame is only taken when its turn has come
+            yield picture(seed)
+
+    for i, seed in enumerate(seeds):
+        Image.fromarray(picture(seed)).save(tmp_path / f"{i}.png")
+        os.utime(tmp_path / f"{i}.png", (NOW + i, NOW + i))
+    frames = {"folder": tmp_path, "list": [picture(seed) for seed in seeds], "generator": camera()}[kind]
+    times = None if kind == "folder" else [NOW + i for i in range(len(seeds))]
+    agent.open_memory(tmp_path / "memory", KEPT)
+    decoder = SelectiveDecoder(SelectiveConfig(drift=1e-6, surprise=1e-6))
+    spoken = []
+    for number, answer, confidence in agent.stream(frames, "how many?", decoder, times):
+        spoken.append(number)
+        assert answer in ANSWERS and 0 <= confidence <= 1
+        assert kind != "generator" or taken == seeds[: number + 1]
+    assert spoken == [0, 2, 5]
+    found = agent.recall(ASKED)
+    assert [one.memory.time - NOW for one in found] == [5, 2, 0]
+    assert [one.memory.last - NOW for one in found] == [5, 4, 1]
+    assert [one.answer for one in found] == [model.answer(picture(seed), ASKED) for seed in (2, 1, 0)]
+    (nearest,) = agent.recall(ASKED, k=1, like=picture(1))
+    assert nearest.memory.time == NOW + 2
+
+
+def test_a_video_encoder_watches_clips(tmp_path):
+    vision = VitConfig(image_size=16, patch_size=8, d_model=24, depth=1, n_heads=2, tubelet_size=2,
+                       class_token=False, class_position=False)
+    tiny = VLJEPAConfig.tiny()
+    predictor = tiny.predictor.replace(vision_dim=24, n_visual=4, n_layers=1)
+    model = VLJEPA(tiny.replace(answers=ANSWERS, vision=vision, predictor=predictor), rng=np.random.default_rng(0))
+    agent = agent_of(model)
+    frames = [picture(seed) for seed in (0, 0, 0, 0, 1, 1, 2)]
+    assert model.pixels(frames[:3]).shape == (1, 4, 3, 16, 16)  # the last one twice
+    np.testing.assert_array_equal(model.visual_tokens(model.pixels(frames[:1])),
+                                  model.visual_tokens(model.pixels(frames[0])))  # a picture is a video that stands
+    agent.open_memory(tmp_path, KEPT)
+    decoder = SelectiveDecoder(SelectiveConfig(drift=1e-6, surprise=1e-6))
+    assert [number for number, _, _ in agent.stream(frames, "how many?", decoder, range(7), clip=2)] == [1, 5, 6]
+    assert [memory.time for memory in agent.memory] == [1, 5, 6]
+    second = list(agent.memory)[1]
+    np.testing.assert_array_equal(agent.memory.picture(second.number), picture_of(model.pixels(frames[4:6]), model.config))
+    assert agent.ask(frames[:4], ASKED).answer in ANSWERS
+    with pytest.raises(ShapeError, match="no frames"):
+        model.pixels([])
+    with pytest.raises(ConfigError, match="reads pictures"):
+        VLJEPA(tiny).pixels(frames)
+    with pytest.raises(ConfigError, match="clip is 0"):
+        next(agent.stream(frames, clip=0))
+
+
+def test_the_answer_is_that_of_all_frames_since_the_change(agent, model):
+    """It is the decoder's mean that is put into words, not the newest frame."""
+    answers, bank = model.answer_bank()
+
+    class Told:
+        def push(self, embedding):
+            return Decode(3, 0, bank[2], drift=1.0, surprise=9.0)
+
+    assert next(agent.stream([picture(0)], "how many?", Told()))[1] == answers[2]
 
 
 def test_what_is_no_stream_is_refused(agent, tmp_path):
