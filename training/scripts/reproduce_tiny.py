@@ -34,9 +34,10 @@ def phases(root, seed):
     common = ["--seed", str(seed)]
     return [
         ("vit", pretrain_vit.main, ["--steps", "3000", *common]),
-        ("jepa", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "5000", *common]),
-        ("decoder", train_decoder.main,
-         ["--model", f"{root}/jepa/model", "--scenes", "600", "--steps", "1000", *common]),
+        ("jepa", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "5000",
+                                   "--wordings", "plain", "--typos", "0", *common]),
+        ("decoder", train_decoder.main, ["--model", f"{root}/jepa/model", "--scenes", "600", "--steps", "1000",
+                                         "--wordings", "plain", *common]),
         ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "1000", *common]),
     ]
 
