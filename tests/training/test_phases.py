@@ -8,9 +8,11 @@ from training.checkpoint import digest
 from training.data.dataset import Dataset
 from training.data.strange import KINDS, strange_image
 from training.loop import Trainer, TrainerConfig
+from training.parallel import ALONE
 from training.phases import agent, decoder, jepa, pretrain
 from training.phases.common import FeatureStore, RowBatches
 from training.phases.objective import Objective, ObjectiveConfig, Training
+from training.progress import read_metrics
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.decoder import DecoderConfig
 from xuravljepa.model import VLJEPA
@@ -40,58 +42,59 @@ def rows():
             *Dataset.tools("train", 12, pools=("known", "train")).rows]
 
 
-def phase_0(rows):
+def phase_0(rows, ranks=ALONE):
     model = pretrain.SceneReader(config().vision, rng=np.random.default_rng(0))
-    return model, pretrain.loss_function, pretrain.SceneBatches(4)
+    return model, pretrain.loss_function, pretrain.SceneBatches(4, ranks=ranks)
 
 
-def phase_1(rows):
+def phase_1(rows, ranks=ALONE):
     model = VLJEPA(config(), rng=np.random.default_rng(0))
     model.x_encoder.requires_grad_(False)
     model.y_decoder.requires_grad_(False)
     features = FeatureStore(model, rows)
     model.predictor.fit_vision(features.tokens)
     training = Training(model, Objective(ObjectiveConfig(), model))
-    return training, jepa.answer_loss(), jepa.QuestionBatches(model, rows, features, 4, turns=2, lesson=2)
+    return training, jepa.answer_loss(), jepa.QuestionBatches(model, rows, features, 4, turns=2, lesson=2,
+                                                                    ranks=ranks)
 
 
-def phase_2(rows):
+def phase_2(rows, ranks=ALONE):
     model = VLJEPA(config(), rng=np.random.default_rng(0))
     model.requires_grad_(False)
     model.y_decoder.requires_grad_()
     predicted = model.encode_answers([row.answer for row in rows]).data
-    return model, decoder.loss_function, decoder.AnswerBatches(model, rows, predicted, 4)
+    return model, decoder.loss_function, decoder.AnswerBatches(model, rows, predicted, 4, ranks=ranks)
 
 
-def phase_3_injection(rows):
+def phase_3_injection(rows, ranks=ALONE):
     model = VLJEPA(config(), rng=np.random.default_rng(0)).requires_grad_(False)
     heads = AgentHeads(AgentConfig.for_model(model.config, tuple(CARDS)), model.config.predictor)
     heads.monitor.requires_grad_(False)
     tools = [row for row in rows if row.tool]
     plain = [row for row in rows if not row.tool]
-    batches = agent.InjectionBatches(model, tools, plain, FeatureStore(model, rows), 4)
+    batches = agent.InjectionBatches(model, tools, plain, FeatureStore(model, rows), 4, ranks=ranks)
     return heads, agent.injection_objective(model, CARDS), batches
 
 
-def phase_3_monitor(rows):
+def phase_3_monitor(rows, ranks=ALONE):
     model = VLJEPA(config(), rng=np.random.default_rng(0)).requires_grad_(False)
     heads = AgentHeads(AgentConfig.for_model(model.config, tuple(CARDS)), model.config.predictor)
     found = agent.gather_readings(model, heads, rows, FeatureStore(model, rows))
     heads.monitor.fit_scale(found["features"])
     heads.injector.requires_grad_(False)
     heads.selector.requires_grad_(False)
-    return heads, agent.monitor_objective, agent.ReadingBatches(found["features"], found["wrong"], 8)
+    return heads, agent.monitor_objective, agent.ReadingBatches(found["features"], found["wrong"], 8, ranks=ranks)
 
 
 PHASES = [phase_0, phase_1, phase_2, phase_3_injection, phase_3_monitor]
 
 
-def train(phase, rows, folder, steps=6, stop_at=None, resume=False):
-    model, loss_function, batches = phase(rows)
+def train(phase, rows, folder, steps=6, stop_at=None, resume=False, ranks=ALONE):
+    model, loss_function, batches = phase(rows, ranks)
     optimizer = optim.AdamW(optim.parameter_groups(model, 0.01), lr=3e-3)
-    settings = TrainerConfig(steps=steps, accumulate=2, ema_decay=0.9, log_every=1)
+    settings = TrainerConfig(steps=steps, accumulate=2, ema_decay=0.9, log_every=1, prefetch=ranks.size == 1)
     trainer = Trainer(model, loss_function, optimizer, schedules.cosine(3e-3, steps, 1), batches, settings, folder,
-                      stream=None)
+                      stream=None, ranks=ranks)
     trainer.run(resume=resume, stop_at=stop_at)
     return digest({**model.state_dict(), **optimizer.state_dict(), **trainer.average.state_dict()})
 
@@ -101,6 +104,16 @@ def test_resumed_equals_uninterrupted_bit_for_bit(phase, rows, tmp_path):
     whole = train(phase, rows, tmp_path / "whole")
     train(phase, rows, tmp_path / "parts", stop_at=3)
     assert train(phase, rows, tmp_path / "parts", resume=True) == whole
+
+
+@pytest.mark.parametrize("phase", PHASES[1:], ids=lambda phase: phase.__name__)
+def test_two_ranks_train_as_one_with_the_whole_batch(phase, rows, tmp_path, on_ranks):
+    """In phase 0 too, but for labels that are missing more often on one rank than on the other."""
+    train(phase, rows, tmp_path / "one", steps=4)
+    one, other = on_ranks(2, lambda ranks: train(phase, rows, tmp_path / "two", steps=4, ranks=ranks))
+    assert one == other
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name / "metrics.jsonl")] for name in ("one", "two")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.parametrize("phase", PHASES, ids=lambda phase: phase.__name__)
