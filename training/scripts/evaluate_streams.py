@@ -29,32 +29,39 @@ examples:
 """
 PERIODS = (1, 2, 3, 5, 8, 10, 15, 20, 30, 60)
 SHOWN = (1, 2, 5, 10, 20, 30)
-DRIFTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
+DRIFTS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)  # for one question; of k together one change counts 1/k as much
+RATES = (0.02, 0.03, 0.05, 0.1)
 MOVES = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 PRICES = (0.5, 1.0, 2.0, 4.0, 8.0)
 
 
-def rules():
-    """{family: ({label: rule}, offline)}; a rule is a function from a Watched to its decodes."""
-    def label(drift):
-        return f"online, drift {drift:g}" + " (default)" * (SelectiveConfig(drift=drift) == SelectiveConfig())
+def rules(questions):
+    """{family: ({label: rule}, offline)} for so many questions; a rule is a function from a Watched to its decodes."""
+    def online(**settings):
+        return lambda watched: streams.online(watched, SelectiveConfig(**settings))
 
+    usual = SelectiveConfig().drift
+    drifts = {f"online, drift {d / questions:.2g}" + " (default)" * (d / questions == usual): online(drift=d / questions)
+              for d in DRIFTS}  # fmt: skip
+    rates = {f"online, rate {100 * rate:g} in 100": online(drift=usual / questions, target_rate=rate)
+             for rate in RATES}  # fmt: skip
     return {
         "uniform": ({f"every {n}": lambda w, n=n: streams.uniform(w, n) for n in PERIODS}, False),
         "uniform, mean of 4": ({f"every {n}, mean of 4": lambda w, n=n: streams.uniform(w, n, 4) for n in PERIODS},
                                False),
         "L2 to 8 frames ago": ({f"L2 over {t:g}": lambda w, t=t: streams.moved_since(w, t) for t in MOVES}, False),
-        "online": ({label(d): lambda w, d=d: streams.online(w, SelectiveConfig(drift=d)) for d in DRIFTS}, False),
+        "online": (drifts, False),
+        "online, rate kept": (rates, False),
         "windows (offline)": ({f"windows of {n}": lambda w, n=n: streams.windows(w, n) for n in PERIODS}, True),
         "Ward (offline)": ({f"Ward, merges up to {t:g}": lambda w, t=t: streams.ward(w, threshold=t) for t in PRICES}
                            | {"Ward, true number": lambda w: streams.ward(w, count=len(w.changes) + 1)}, True),
     }  # fmt: skip
 
 
-def measure(by_seed):
+def measure(by_seed, questions):
     """{family: {label: (Worth of all seeds, [(factor, reached) of each seed])}}."""
     found = {}
-    for family, (members, offline) in rules().items():
+    for family, (members, offline) in rules(questions).items():
         found[family] = {label: [streams.total(watched, rule, offline) for watched in by_seed]
                          for label, rule in members.items()}
     live = [*found["uniform"].values(), *found["uniform, mean of 4"].values()]
@@ -119,7 +126,7 @@ def main(argv=None):
         kinds = {"one question at a time": [[one for this in seed for one in this[:-1]] for seed in seen],
                  "five questions at once": [[this[-1] for this in seed] for seed in seen]}
         for number, (kind, by_seed) in enumerate(kinds.items()):
-            found = measure(by_seed)
+            found = measure(by_seed, by_seed[0][0].right.shape[1])
             worth = found["uniform"]["every 1"][0]
             title = f"{kind}, noise {noise:g}"
             print(f"\n{title[0].upper()}{title[1:]}: {worth.frames:,} frames, {100 * worth.changes / worth.frames:.1f} "
