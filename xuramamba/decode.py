@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 
 import numpy as np
 
-from xuracore import nn
+from xuracore import allocator, nn
 from xuracore.kernels import decode as kernels
 from xuracore.kernels.gemv import PANEL, gemv
 from xuracore.nn.quantized import QuantizedEmbedding, QuantizedLinear
@@ -50,6 +50,8 @@ class Decoder:
         self._layers = [_layer_step(layer) for layer in model.backbone.layers]
         head = model.backbone.embedding if model.config.tie_embeddings else model.lm_head
         self._head = _matrix(head)
+        arrays = [array for array in model.state_dict().values() if isinstance(array, np.ndarray)]
+        allocator.lay_on_huge_pages(arrays)
 
     def is_current(self):
         """Whether the model still consists of the arrays it had."""

@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+
+from xuracore import allocator
 
 FAULTS = """
 import resource
@@ -35,3 +38,12 @@ def faults(**environment):
 def test_memory_is_kept_unless_the_user_set_limits():
     assert faults() < 500  # twenty times two arrays of 977 pages are 39 000
     assert faults(MALLOC_TRIM_THRESHOLD_="100000", MALLOC_MMAP_THRESHOLD_="100000") > 20_000
+
+
+def test_arrays_on_huge_pages_keep_their_numbers(monkeypatch):
+    arrays = [np.full(size, size % 256, np.uint8) for size in (1, 1 << 20, 5 << 20)]
+    assert allocator.lay_on_huge_pages(arrays) <= 2  # none where the system has no such pages
+    for array in arrays:
+        assert (array == array.size % 256).all()
+    monkeypatch.setenv("XURA_NO_ENV", "1")
+    assert allocator.lay_on_huge_pages(arrays) == 0

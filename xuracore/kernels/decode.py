@@ -51,17 +51,24 @@ def _normed_unless(eps, x):
 
 
 @device
-def _convolve(new, row, weight, bias, before, after, channel):
-    """Channel of the causal convolution with silu; the past moves on by one."""
+def _convolve(new, row, weight, bias, before, after, first, last, out):
+    """out[first:last] = silu of those channels of the causal convolution; the past moves on by ``new[first:last]``.
+
+    One loop a term: each is vector code, and the channels of a task stay in the cache.
+    """
     past = weight.shape[1] - 1
-    total = bias[channel] + weight[channel, past] * new
+    for d in range(first, last):
+        out[d] = bias[d] + weight[d, past] * new[d]
     for k in range(past):
-        total += weight[channel, k] * before[row, k, channel]
-    for k in range(past - 1):
-        after[row, k, channel] = before[row, k + 1, channel]
-    if past > 0:
-        after[row, past - 1, channel] = new
-    return silu(total)
+        then = before[row, k]
+        for d in range(first, last):
+            out[d] += weight[d, k] * then[d]
+    for k in range(past):
+        then, source = after[row, k], before[row, k + 1] if k + 1 < past else new
+        for d in range(first, last):
+            then[d] = source[d]
+    for d in range(first, last):
+        out[d] = silu(out[d])
 
 
 def _rms_norm_numpy(x, weight, eps):
@@ -114,10 +121,12 @@ def mamba1_project(
         product(in_weight, in_scales, normed, 0, width, first, last, both)
         product(in_weight, in_scales, normed, 0, width, inner + first, inner + last, both)
         for b in range(batch):
+            row, into = both[b], gate[b]
             for d in range(first, last):
-                new = both[b, d] + in_bias[d]
-                u[b, d] = _convolve(new, b, conv_weight, conv_bias, conv_in, conv_out, d)
-                gate[b, d] = silu(both[b, inner + d] + in_bias[inner + d])
+                row[d] += in_bias[d]
+            for d in range(first, last):
+                into[d] = silu(row[inner + d] + in_bias[inner + d])
+            _convolve(row, b, conv_weight, conv_bias, conv_in, conv_out, first, last, u[b])
         product(x_weight, x_scales, u, first, last, 0, mixed, mixes[task])
 
 
@@ -154,13 +163,25 @@ def mamba1_scan(
         task = np.int64(index)
         first, last = units * task // tasks * PANEL, units * (task + 1) // tasks * PANEL
         product(dt_weight, dt_scales, low, 0, rank, first, last, delta)
+        rates = a_log[first:last].reshape(-1)
+        keep = np.empty(rates.size, np.float32)
         for b in range(batch):
-            keys, queries = key[b], query[b]
+            keys, queries, steps = key[b], query[b], delta[b]
             for d in range(first, last):
-                step, rates = softplus(delta[b, d] + dt_bias[d]), a_log[d]
-                push, before, after, total = step * u[b, d], h_in[b, d], h_out[b, d], ZERO
+                steps[d] = softplus(steps[d] + dt_bias[d])
+            for i in range(keep.size):
+                keep[i] = exp(rates[i])
+            for d in range(first, last):
+                row = keep[(d - first) * size : (d - first + 1) * size]
                 for n in range(size):
-                    value = exp(-step * exp(rates[n])) * before[n] + push * keys[n]
+                    row[n] *= -steps[d]
+            for i in range(keep.size):
+                keep[i] = exp(keep[i])
+            for d in range(first, last):
+                row = keep[(d - first) * size : (d - first + 1) * size]
+                push, before, after, total = steps[d] * u[b, d], h_in[b, d], h_out[b, d], ZERO
+                for n in range(size):
+                    value = row[n] * before[n] + push * keys[n]
                     after[n] = value
                     total += value * queries[n]
                 u[b, d] = (total + skip[d] * u[b, d]) * gate[b, d]
@@ -201,13 +222,16 @@ def mamba2_project(
         last = min(panels * (task + 1) // tasks * PANEL, rows)
         product(in_weight, in_scales, normed, 0, width, first, last, projected)
         for b in range(batch):
+            row, into = projected[b], gate[b]
+            for r in range(first, last):
+                row[r] += in_bias[r]
             for r in range(first, min(last, inner)):
-                gate[b, r] = silu(projected[b, r] + in_bias[r])
-            for r in range(max(first, inner), min(last, inner + channels)):
-                new = projected[b, r] + in_bias[r]
-                u[b, r - inner] = _convolve(new, b, conv_weight, conv_bias, conv_in, conv_out, r - inner)
+                into[r] = silu(row[r])
+            start, stop = max(first, inner) - inner, min(last, inner + channels) - inner
+            if start < stop:
+                _convolve(row[inner:], b, conv_weight, conv_bias, conv_in, conv_out, start, stop, u[b])
             for r in range(max(first, inner + channels), last):
-                step = softplus(projected[b, r] + in_bias[r] + dt_bias[r - inner - channels])
+                step = softplus(row[r] + dt_bias[r - inner - channels])
                 steps[b, r - inner - channels] = min(max(step, low_dt), high_dt)
 
 
