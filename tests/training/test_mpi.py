@@ -39,7 +39,8 @@ SCRIPT = """
         def batch(self, index):
             rng = np.random.default_rng(index)
             shapes = {"x": (8, 6), "y": (8, 4)}
-            return {name: rng.standard_normal(shape).astype(np.float32)[self.part] for name, shape in shapes.items()}
+            return {name: rng.standard_normal(shape).astype(np.float32)[self.part]
+                    for name, shape in shapes.items()}
 
     def features(model, batch, rng):
         return ops.l2_normalize(model.left(batch["x"])), ops.l2_normalize(model.right(model.dropout(batch["y"])))
