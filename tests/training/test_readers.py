@@ -374,8 +374,8 @@ BROKEN = {
                       {"question_id": 5, "image_id": "1.png", "question": "?"}],
         "annotations": [{"question_id": n, "multiple_choice_answer": "a"} for n in (1, 2, 3, 4, 1)]
         + [{"question_id": 5, "answers": [{"answer": " "}]}, {"question_id": None}]}}),
-        ["answered already", "without a 'question_id'", "a row needs", "'image_id'", "no annotation",
-         "'4.jpg' does not", "without an answer"]),
+        ["answered already", "without a 'question_id'", "a row needs", "'image_id'", "no annotation of the question 9",
+         "'4.jpg' does not", "an annotation without an answer", "no annotation of the question 5"]),
     "llava": (lambda root: put(root, {"l.json": [
         {"image": "1.png", "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]},
         {"conversations": []}, {"conversations": [{"from": "gpt", "value": "!"}] * 2},

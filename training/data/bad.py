@@ -8,6 +8,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from xuracore.config import require
 from xuracore.errors import FormatError
 from xuracore.io.atomic import write_atomically
 
@@ -43,6 +44,7 @@ class BadRows:
     """
 
     def __init__(self, path, max_fraction=0.0):
+        require(0 <= max_fraction <= 1, f"max_bad_fraction is {max_fraction}; expected a share from 0 to 1")
         self.path, self.max_fraction, self.rows, self.count = path, max_fraction, [], 0
 
     def add(self, file, line, reason):

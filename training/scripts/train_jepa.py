@@ -40,6 +40,8 @@ def own_data(args):
     """(training rows, validation rows, a BadRows) of --data-dir."""
     data = arguments.open_from(args, say=lambda text: options.say(args, text))
     rows = [row for row in data.rows if row.image is not None and (row.query and row.answer or row.caption)]
+    if len(rows) < len(data.rows):
+        options.say(args, f"{len(data.rows) - len(rows)} rows without a picture, or with nothing to say, are not used")
     held = [row for row in rows if row.split in ("val", "validation")]
     kept = [row for row in rows if row.split in (None, "train")]
     if not held:  # every tenth picture serves for validation

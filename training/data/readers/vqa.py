@@ -8,7 +8,9 @@ The most common answer is trained on, all are kept, and ``meta["accuracy"]`` say
 an answer that n people gave (Antol et al. 2015, eq. in §3).
 """
 
+import sys
 from collections import Counter
+from typing import NamedTuple
 
 from training.data.bad import Refused
 from training.data.json_rows import elements
@@ -28,20 +30,31 @@ def find(path):
     return find_documents(path, "vqav2")
 
 
+class Given(NamedTuple):
+    """What people answered to a question: as much of an annotation as is used."""
+
+    number: object
+    majority: str
+    counts: dict
+    kind: object
+
+
 def entries(files, settings):
     """One Entry per question that has an answer; its line is that of the question."""
     asked, answered = {}, {}
     for file in files:
-        documents = {"questions": [], "annotations": []}
+        questions, annotations = [], []
         subset = subset_of(file.stem)
         for key, line, value in elements(file):
-            if key in documents:
-                documents[key].append((line, value))
+            if key == "questions":
+                questions.append((line, value))
+            elif key == "annotations":
+                annotations.append((line, _given(value)))
             elif key == "data_subtype" and isinstance(value, str):
                 subset = value
-        for kind, found in (("questions", asked), ("annotations", answered)):
-            if documents[kind]:
-                found.setdefault(subset, []).append((file, documents[kind]))
+        for found, kind in ((questions, asked), (annotations, answered)):
+            if found:
+                kind.setdefault(subset, []).append((file, found))
     for subset, documents in asked.items():
         if subset not in answered:
             raise FormatError(f"no document of annotations answers these questions ({subset or 'no data_subtype'})",
@@ -59,18 +72,31 @@ def entries(files, settings):
                 yield Entry(file, line, row, folder)
 
 
+def _given(value):
+    """The Given of an annotation, or the Refused that says why there is none."""
+    try:
+        number = element(value).get("question_id")
+        if not isinstance(number, (int, str)):
+            raise Refused("an annotation without a 'question_id'")
+        counts = Counter(_texts(value.get("answers")))
+        majority = value.get("multiple_choice_answer") or (counts and counts.most_common(1)[0][0])
+        if not isinstance(majority, str) or not majority.strip():
+            raise Refused("an annotation without an answer")
+        majority = sys.intern(majority)  # few texts, many times
+        return Given(number, majority, dict((counts or Counter({majority: 3})).most_common()), value.get("answer_type"))
+    except Refused as error:
+        return error
+
+
 def _index(file, found, answers):
-    """Note the annotations by the number of their question; the Entries of those that have none."""
-    for line, value in found:
-        try:
-            number = element(value).get("question_id")
-            if not isinstance(number, (int, str)):
-                raise Refused("an annotation without a 'question_id'")
-            if number in answers:
-                raise Refused(f"the question {number!r} has been answered already")
-            answers[number] = value
-        except Refused as error:
-            yield Entry(file, line, error, None)
+    """Note what was given by the number of the question; the Entries of what cannot be used."""
+    for line, given in found:
+        if not isinstance(given, Refused) and given.number in answers:
+            given = Refused(f"the question {given.number!r} has been answered already")
+        if isinstance(given, Refused):
+            yield Entry(file, line, given, None)
+        else:
+            answers[given.number] = given
 
 
 def _row(value, answers, subset):
@@ -81,16 +107,11 @@ def _row(value, answers, subset):
     if not isinstance(picture, (int, str)) or isinstance(picture, bool):
         raise Refused("a question without an 'image_id'")
     given = answers[number]
-    texts = _texts(given.get("answers"))
-    majority = given.get("multiple_choice_answer") or (texts and Counter(texts).most_common(1)[0][0])
-    if not isinstance(majority, str) or not majority.strip():
-        raise Refused("an annotation without an answer")
-    counts = Counter(texts or [majority] * 3)
-    others = [text for text, _ in counts.most_common() if text != majority]
     name = picture if isinstance(picture, str) else f"COCO_{subset}_{picture:012d}.jpg" if subset else f"{picture}.jpg"
-    return {"id": number, "image": name, "query": value.get("question"), "answer": majority,
-            "answers": [majority, *others], "type": given.get("answer_type"), "split": split_of(subset or ""),
-            "meta": {"accuracy": {text: min(count / 3, 1) for text, count in counts.items()}}}
+    return {"id": number, "image": name, "query": value.get("question"), "answer": given.majority,
+            "answers": [given.majority, *(text for text in given.counts if text != given.majority)],
+            "type": given.kind, "split": split_of(subset or ""),
+            "meta": {"accuracy": {text: min(count / 3, 1) for text, count in given.counts.items()}}}
 
 
 def _texts(answers):
@@ -100,7 +121,7 @@ def _texts(answers):
     if not isinstance(answers, list):
         raise Refused("'answers' must be a list")
     texts = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
-    return [text for text in texts if isinstance(text, str) and text.strip()]
+    return [sys.intern(text) for text in texts if isinstance(text, str) and text.strip()]
 
 
 def soft_accuracy(sample, said):
