@@ -19,6 +19,7 @@ from training.phases.common import FeatureStore
 from xuracore import no_grad
 from xuracore.errors import ConfigError, FormatError
 from xuravljepa.model import CAPTION_QUERY, SHIPPED, VLJEPA
+from xuravljepa.predictor import POOLS
 from xuravljepa.presets import VLJEPAConfig
 from xuravljepa.vit import VisionTransformer
 from xuravljepa.vit_names import FAMILIES
@@ -121,7 +122,7 @@ def objective_config(args, answers, steps):
         raise ConfigError(f"--bank-every is for --negatives bank, not for {negatives}")
     if target != "frozen" and not args.y_encoder_lr_multiplier:
         raise ConfigError(f"--y-encoder-lr-multiplier 0 freezes the Y-Encoder, --target {target} lets it learn")
-    if target == "frozen" and not args.y_encoder:
+    if target == "frozen" and not (args.y_encoder or args.model):
         options.say(args, "warning: the Y-Encoder has random weights and stays so; with --y-encoder DIR it is a "
                     "trained one")
     return objective.ObjectiveConfig(args.loss, target, negatives, args.bank_every or 100, args.uniformity,
@@ -185,6 +186,10 @@ def main(argv=None):
                         "put: in a few ways each, or in hundreds, and captions too (default)")
     parser.add_argument("--typos", type=float, default=0.05, metavar="SHARE",
                         help="of the questions with one slip of the pen (default 0.05)")
+    parser.add_argument("--bidirectional", action="store_true", help="a predictor whose layers read both ways: dearer, "
+                        "and no tool's result can be written into its states, only read")
+    parser.add_argument("--pool", choices=POOLS, default="read", help="the answer is the mean of the READ tokens "
+                        "(default), or of these and the question's words")
     objective_options(parser)
     encoder_options(parser)
     arguments.add_data_options(parser)
@@ -199,6 +204,7 @@ def main(argv=None):
     answers = {row.answer for row in [*train_rows, *held_rows]} - {None}
     answers = tuple(sorted(answers | set(NUMBERS if generated else ())))
     config = VLJEPAConfig.preset(args.preset)
+    config = config.replace(predictor=config.predictor.replace(bidirectional=args.bidirectional, pool=args.pool))
     encoder = first_encoder(args, config, rng)
     if args.train_encoder:  # the patches that stand out are not known yet: all are read
         config = config.replace(predictor=config.predictor.replace(n_salient=0))
