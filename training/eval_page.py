@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, spread
+from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, confidence, spread
 from training.phases.common import generator, row_picture
 from xuravljepa.agent.trace import printable
 from xuravljepa.image import read_rgb
@@ -163,6 +163,7 @@ def _types(found):
               '<span class="key"><i class="tick shuffled"></i>shuffled picture</span></p>')
     heads = ["type of question", "", "right, %", *(TITLES[column] for column in columns)]
     notes = [f"{ORDER_SENTENCE}: {100 * found['controls']['reordered']:.2f} %."]
+    notes.append(f"{confidence(found['confidence'])}.")
     if found["unknown"]:
         notes.append(f"{found['unknown']} questions have an answer the model was never taught.")
     return _section("Answers by type of question", legend + _table(heads, rows, "types"), " ".join(notes))

@@ -112,6 +112,21 @@ def test_generated_scenes_with_all_controls(folder, tmp_path, monkeypatch, capsy
     Checked(page)
 
 
+def test_captions_alone_can_be_measured_and_bad_pictures_left_out(folder, pictures, tmp_path, capsys):
+    for i in range(24):
+        (tmp_path / f"{i}.png").write_bytes((pictures / f"{i}.png").read_bytes()[: 100 if i == 3 else None])
+    rows = [{"image": f"{i}.png", "caption": f"number {i}", "split": "test"} for i in range(24)]
+    (tmp_path / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(FormatError, match="manifest.jsonl:4"):
+        run(folder, tmp_path, "--data-dir", tmp_path)
+    result, page = run(folder, tmp_path, "--data-dir", tmp_path, "--max-bad-fraction", 0.1)
+    assert result["retrieval"]["pictures"] == 23 and result["about"]["data"]["left_out"] == 1
+    assert all("skipped" in result[job] for job in ("answers", "classes"))
+    assert result["health"]["predictor"]["rows"] == 23
+    assert "not measured" in page and "R@10" in capsys.readouterr().out
+    Checked(page)
+
+
 def test_one_question_for_all_pictures_and_names_from_a_file(folder, pictures, tmp_path):
     (tmp_path / "names.txt").write_text("gold\nteal\n\nplum\npurple\n")
     (tmp_path / "templates.txt").write_text("{}\nsome {}\n")

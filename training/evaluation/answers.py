@@ -10,6 +10,7 @@ Controls, all on the same questions:
 
 import numpy as np
 
+from training import metrics
 from training.data.dataset import Dataset
 from training.data.priors import QuestionOnlyPrior
 from training.evaluation.answering import groups_of, other_pictures, picture_numbers, read, score
@@ -30,7 +31,8 @@ NOT_COMPARABLE = (
 def measure(model, material, features, intervals, heads=None, report=None):
     """(report, Answers to the test rows).
 
-    The report: {"types": {group: {column: cell}}, "controls": {…}, "sort_of_clevr": …, "confusion": …, "unknown": n}.
+    The report: {"types": {group: {column: cell}}, "controls": {…}, "confidence": {…}, "sort_of_clevr": …,
+    "confusion": …, "unknown": n}.
     """
     seed, rows = intervals.seed, material.rows
     test = read(model, rows, features, heads=heads, report=report)
@@ -51,12 +53,22 @@ def measure(model, material, features, intervals, heads=None, report=None):
     result = {
         "types": {name: {column: found[name] for column, found in cells.items() if name in found} for name in names},
         "controls": {"reordered": _reordered(model, test, seed)},
+        "confidence": confidence(test, "the largest softmax probability" if heads is None else "the monitor"),
         "unknown": sum(not known.intersection(row.answers) and not row.choices for row in rows),
         "confusion": confusion(test),
     }
     if material.generated:
         result["sort_of_clevr"] = sort_of_clevr(test, columns, intervals)
     return result, test
+
+
+def confidence(answers, judge):
+    """{"judge", "mean", "auroc", "ece"}: how well the confidence tells right from wrong; auroc None without both."""
+    wrong = answers.right < 0.5
+    sure = np.clip(answers.confidence, 0, 1)
+    auroc = metrics.auroc(1 - sure, wrong) if 0 < wrong.sum() < len(wrong) else None
+    return {"judge": judge, "mean": float(sure.mean()), "auroc": auroc, "ece": metrics.expected_calibration_error(
+        sure, 1 - wrong)}
 
 
 def _permuted(answers, seed):

@@ -2,10 +2,10 @@
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from training.data.dataset import Dataset, open_dataset
-from training.phases.common import image_key
+from training.data.scenes import Scene
+from training.phases.common import image_key, row_picture
 from xuracore.errors import ConfigError
 from xuravljepa.feature_cache import picture_digest
 
@@ -47,8 +47,9 @@ class Material:
         """SHA-256 of all texts, of what the pictures are, and of the bytes of those that are files."""
         rows = self.every_row()
         digest = hashlib.sha256(Dataset(self.name, rows).fingerprint().encode())
-        for path in sorted({row.image for row in rows if isinstance(row.image, Path)}):
-            digest.update(picture_digest(path))
+        for _, row in sorted({str(row.image): row for row in rows if not isinstance(row.image, Scene)}.items()):
+            picture = row_picture(row)  # a path, or the bytes of a file in an archive
+            digest.update(hashlib.sha256(picture).digest() if isinstance(picture, bytes) else picture_digest(picture))
         return digest.hexdigest()
 
 

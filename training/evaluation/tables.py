@@ -46,11 +46,19 @@ def answers(found):
         rest = "".join(f"{100 * cells[name]['value']:11.1f}" if name in cells else " " * 11 for name in present[1:])
         lines.append(f"{kind:{width}s}{cells['accuracy']['count']:9d}  {percent(cells['accuracy']):>18s}{rest}")
     lines.append(f"{ORDER_SENTENCE}: {100 * found['controls']['reordered']:.2f} %")
+    lines.append(confidence(found["confidence"]))
     if found["unknown"]:
         lines.append(f"{found['unknown']} questions have an answer the model was never taught, and cannot give")
     if "sort_of_clevr" in found:
         lines += ["", *sort_of_clevr(found["sort_of_clevr"])]
     return "\n".join(lines)
+
+
+def confidence(found):
+    """One sentence about how sure the model was."""
+    auroc = "" if found["auroc"] is None else f", AUROC {found['auroc']:.3f}"
+    return (f"Confidence, by {found['judge']}: {100 * found['mean']:.1f} % on average, calibration error "
+            f"{found['ece']:.3f}{auroc}")
 
 
 def sort_of_clevr(found):

@@ -108,26 +108,35 @@ def about(args, argv, chosen):
     """What was measured on what, and by which command; nothing that changes from run to run."""
     folder = Path(args.model) if Path(args.model).exists() else SHIPPED / args.model
     weights = folder / "model.safetensors"
-    asked = len(chosen.rows)
+    asked, bad = len(chosen.rows), chosen.bad.count if chosen.bad is not None else 0
+    notes = [*chosen.notes, *([f"{bad} rows that cannot be used were left out"] if bad else [])]
     return {
         "command": shlex.join(["xura", "eval", *argv]),
         "model": {"name": args.model, "sha256": file_sha256(weights) if weights.is_file() else None},
         "data": {"name": chosen.name, "sha256": chosen.sha256(), "questions": asked,
                  "pictures": len(np.unique(picture_numbers(chosen.rows))) if asked else 0,
-                 "captions": len(chosen.captions) + len(chosen.texts), "notes": list(chosen.notes)},
+                 "captions": len(chosen.captions) + len(chosen.texts), "left_out": bad, "notes": notes},
         "versions": {"xura": __version__, "numpy": np.__version__, "python": platform.python_version()},
         "seed": args.seed, "resamples": args.resamples,
     }
 
 
-def measure_model(args, agent, chosen, wanted):
-    """({job: report}, Answers or None, FeatureStore) of the jobs that need no tools: one pass of the X-Encoder."""
-    model, result, said = agent.model, {}, None
-    intervals = Intervals(args.seed, args.resamples)
+def encode(args, model, chosen):
+    """(FeatureStore of all pictures, the Material without what cannot be used): the only pass of the X-Encoder."""
     features = FeatureStore(model, chosen.every_row(), report=options.counter(args, "pictures encoded"),
                             cache=args.feature_cache, bad=chosen.bad)
     if chosen.bad is not None:
         chosen = chosen.usable(features)
+        if chosen.rows or chosen.texts:
+            rows, texts = arguments.leave_out_long(model, chosen.bad, chosen.rows, chosen.texts)
+            chosen = replace(chosen, rows=tuple(rows), texts=tuple(texts))
+    return features, chosen
+
+
+def measure_model(args, agent, chosen, wanted, features):
+    """({job: report}, Answers or None) of the jobs that need no tools."""
+    model, result, said = agent.model, {}, None
+    intervals = Intervals(args.seed, args.resamples)
     asked = options.counter(args, "questions answered")
     heads = agent.heads if agent.trained else None
     answerable = chosen.rows and (model.config.answers or all(row.choices for row in chosen.rows))
@@ -152,7 +161,7 @@ def measure_model(args, agent, chosen, wanted):
         if said is None:
             said_of = caption_readings(model, chosen.captions, features, args.caption_query)
         result["health"] = health.measure(model, said or said_of, features, intervals)
-    return result, said, features
+    return result, said
 
 
 def caption_readings(model, rows, features, query):
@@ -202,14 +211,14 @@ def main(argv=None):
     else:
         options.say(args, f"no --data-dir: generating {args.scenes} test scenes (seed {args.data_seed})")
         chosen = material.generated(args.scenes, args.data_seed)
-    result, said, features = {"about": about(args, argv, chosen)}, None, None
+    found, said, features = {}, None, None
     if set(wanted) & set(MODEL_JOBS):
-        found, said, features = measure_model(args, agent, chosen, wanted)
-        result.update(found)
+        features, chosen = encode(args, agent.model, chosen)
+        found, said = measure_model(args, agent, chosen, wanted, features)
+    result = {"about": about(args, argv, chosen), **found}
     if agent.trained and set(wanted) & set(AGENT_JOBS):
         result.update(measure_agent(args, agent, wanted, features))
     if chosen.bad is not None and chosen.bad.count:
-        result["about"]["data"]["left_out"] = chosen.bad.count
         arguments.report_bad(chosen.bad, Path(args.json).parent if args.json else None, args.quiet)
     print(tables.text(result))
     if args.json:
