@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 
 from training import streams
+from training.data.streams import render_stream, stream
 from training.scripts import evaluate_streams
 from training.streams import Decoded, Watched, Worth
 from xuracore.errors import ConfigError
+from xuravljepa.agent.agent import Agent
+from xuravljepa.agent.memory import MemoryConfig
 from xuravljepa.agent.selective import SelectiveConfig
 from xuravljepa.model import VLJEPA
 
@@ -91,3 +94,18 @@ def test_the_script_writes_tables_numbers_and_pictures(tmp_path, capsys):
     assert "| online, drift 0.1 " in printed and "Five questions at once, noise 4: 20 frames" in printed
     assert {path.name for path in tmp_path.iterdir()} == {
         "streams.json", "streams_one_noise4.svg", "streams_five_noise4.svg"}  # fmt: skip
+
+
+def test_an_agent_speaks_where_the_answer_changes_and_can_be_asked_what_it_saw(tmp_path):
+    this = stream("test", 0, length=24)
+    agent = Agent(VLJEPA.from_pretrained("tiny"))
+    agent.open_memory(tmp_path, MemoryConfig(max_age=1e10, sync=False))
+    asked, later = 1, 4  # of QUESTIONS: while watching, and afterwards
+    spoken = list(agent.stream(render_stream(this), streams.QUESTIONS[asked], times=range(24)))
+    right = [streams.right_answers(scene) for scene in this.scenes]
+    standing = [[answer for number, answer, _ in spoken if number <= frame][-1] for frame in range(24)]
+    assert standing == [answers[asked] for answers in right]
+    assert len(spoken) <= 1 + sum(a[asked] != b[asked] for a, b in zip(right, right[1:]))
+    sights = agent.recall(streams.QUESTIONS[later], k=99)
+    assert [one.memory.time for one in sights] == [event.frame for event in this.events[::-1]] + [0]
+    assert [one.answer for one in sights] == [right[int(one.memory.time)][later] for one in sights]
