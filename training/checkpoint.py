@@ -118,3 +118,23 @@ def load(directory, model, optimizer, average=None, generators=None, step=None):
 
 def _part(state, prefix):
     return {key[len(prefix) :]: array for key, array in state.items() if key.startswith(prefix)}
+
+
+def as_json(value):
+    """``value`` as it comes back from a JSON file: tuples are lists."""
+    if isinstance(value, dict):
+        return {key: as_json(part) for key, part in value.items()}
+    return [as_json(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def differences(saved, now, place="", most=8):
+    """["batch_size was 64, is 32", …] between two JSON values, at most so many."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        place = f"{place}." if place else ""
+        names = dict.fromkeys([*saved, *now])
+        found = [text for name in names for text in differences(saved.get(name), now.get(name), f"{place}{name}")]
+        return found[:most]
+    if saved == now:
+        return []
+    was, has = (text if len(text := repr(value)) < 60 else "another" for value in (saved, now))
+    return [f"{place or 'the description'} was {was}, is {has}"]

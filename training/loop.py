@@ -21,9 +21,7 @@ import contextlib
 import functools
 import math
 import shutil
-import signal
 import sys
-import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -35,10 +33,11 @@ import numpy as np
 import xuracore as xc
 from training import checkpoint
 from training.event_log import EventLog, writer_class
+from training.interrupt import SIGNALS, Interruption
 from training.optim import ExponentialMovingAverage, clip_grad_norm
-from training.parallel import ALONE, GradientMean, RankError, means, own_chance
+from training.parallel import ALONE, GradientMean, RankError, means, own_chance, spread_state
 from training.plot import draw_training
-from training.progress import MetricLog, ProgressLine, Taken, Window
+from training.progress import Best, MetricLog, ProgressLine, Taken, Window
 from xuracore.config import Config, require
 from xuracore.errors import ConfigError, XuraError
 from xuracore.io import CheckpointDirectory
@@ -131,8 +130,9 @@ class Trainer:
             self.average = ExponentialMovingAverage(optimizer.named_parameters(), config.ema_decay)
         self.step, self.skipped = 0, 0
         self._skips_in_a_row, self._window = 0, Window()
-        self._best, self._waited = None, 0
-        self._asked, self._stop = None, None  # to stop: by a signal here, and as agreed with the other ranks
+        self._best = Best()
+        names = SIGNALS + ("SIGUSR1",) * (ranks.size > 1)  # mpirun hands the last one on
+        self.interruption, self._stop = Interruption(lambda text: self._line.say(text), names), None
         self._log, self._events, self._line, self._saved_at = None, None, None, None
         self._others = None  # states of the generators of ranks 1, 2, … in the checkpoint resumed from
         self.when_open = None  # called once ``output_dir`` is this run's
@@ -153,7 +153,7 @@ class Trainer:
         if resumed:
             self._line.say(f"resumed at step {self.step} from {self.output_dir}")
         try:
-            with self._signals(), self._batch_source() as batches:
+            with self.interruption.listening(), self._batch_source() as batches:
                 reason = self._steps(batches, stop_at)
             if self.output_dir is not None and self._saved_at != self.step:
                 self.save()
@@ -166,17 +166,18 @@ class Trainer:
             if self._log is not None:
                 self._log.close()
                 draw_training(self._log.path, self.output_dir / "training.svg")
-        return TrainingResult(self.step, reason, self._best)
+        return TrainingResult(self.step, reason, self._best.value)
 
     def _steps(self, batches, stop_at):
         """Train until something ends it; returns what."""
+        self._stop = None
         self.model.train()
         while self.step < self.config.steps:
-            if self.ranks.size == 1:
-                self._stop = self._asked
+            if self.ranks.size == 1:  # several have agreed in the last step
+                self._stop = self.interruption.asked
             if self._stop is not None:
                 return self._stop
-            if self._out_of_patience():
+            if self.config.patience and self._best.waited >= self.config.patience:
                 return "patience"
             if stop_at is not None and self.step >= stop_at:
                 return "stop_at"
@@ -221,7 +222,7 @@ class Trainer:
     def _of_all_ranks(self, loss, metrics, samples):
         """Make the gradients the means over all ranks; (loss, metrics, samples) of all, and whether to stop."""
         values = {"loss": loss, **{name: float(value) for name, value in metrics.items()}}
-        told = self.ranks.gather({"values": values, "samples": samples, "stop": self._asked,
+        told = self.ranks.gather({"values": values, "samples": samples, "stop": self.interruption.asked,
                                   "missing": self._gradients.missing()})
         self._stop = next((each["stop"] for each in told if each["stop"]), None)
         self._gradients(set.intersection(*(set(each["missing"]) for each in told)))
@@ -280,22 +281,14 @@ class Trainer:
         self._line.say(f"step {self.step}: validation  {shown}")
 
     def _judge(self, value):
-        """Keep the weights of the moment in best/ if ``value`` is the best so far, by ``min_delta``."""
-        sign = 1 if self.config.monitor_mode == "max" else -1
-        better = math.isfinite(value) and (self._best is None or sign * (value - self._best) > self.config.min_delta)
-        self._waited = 0 if better else self._waited + 1
-        if better:
-            self._best = value
-            if self.output_dir is not None and self.ranks.leads:
-                told = {"step": self.step, "monitor": self.config.monitor, "value": value}
-                self._best_directory().save(self.step, self.model.state_dict(), trainer=told,
-                                            config=self._description())
+        """Keep the weights of the moment in best/ if ``value`` is the best so far."""
+        better = self._best.judge(value, self.config.monitor_mode, self.config.min_delta)
+        if better and self.output_dir is not None and self.ranks.leads:
+            told = {"step": self.step, "monitor": self.config.monitor, "value": value}
+            self._best_directory().save(self.step, self.model.state_dict(), trainer=told, config=self._description())
 
     def _best_directory(self):
         return CheckpointDirectory(self.output_dir / "best", keep=1)
-
-    def _out_of_patience(self):
-        return bool(self.config.patience) and self._waited >= self.config.patience
 
     def averaged(self):
         """Context in which the model holds its averaged weights (its own, if none are kept)."""
@@ -304,11 +297,11 @@ class Trainer:
     def adopt(self):
         """Leave in the model the weights to hand on: the best, where a number is monitored and files are
         written; else the averaged ones, or the last.  All ranks call it."""
-        if self._best is not None and self.output_dir is not None:
+        if self._best.value is not None and self.output_dir is not None:
             if self.ranks.leads:
                 self.model.load_state_dict(self._best_directory().load().model)
             if self.ranks.size > 1:
-                self.model.load_state_dict(self._spread(self.model.state_dict()))
+                self.model.load_state_dict(spread_state(self.ranks, self.model.state_dict()))
         elif self.average is not None:
             self.average.adopt()
 
@@ -340,41 +333,18 @@ class Trainer:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    @contextlib.contextmanager
-    def _signals(self):
-        """Turn the first signal to stop into a request; only the main thread may."""
-        self._asked, self._stop = None, None
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(number, frame):
-            if self._asked is not None:
-                raise KeyboardInterrupt
-            self._asked = signal.Signals(number).name
-            self._line.say(f"{self._asked}: finishing this step, then saving; once more stops at once")
-
-        names = ("SIGINT", "SIGTERM") + ("SIGUSR1",) * (self.ranks.size > 1)  # mpirun hands the last one on
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        earlier = {number: signal.signal(number, request) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in earlier.items():
-                signal.signal(number, handler)
-
     # ------------------------------------------------------------------ files
     def _directory(self):
         return CheckpointDirectory(self.output_dir / "checkpoints", keep=self.config.keep)
 
     def _description(self):
-        return {"trainer": self.config.to_dict(), "run": self.describe}
+        return checkpoint.as_json({"trainer": self.config.to_dict(), "run": self.describe})
 
     def save(self):
         """Write a checkpoint of this moment.  All ranks call it; RankError if they hold different weights."""
         progress = {
             "skipped": self.skipped, "skips_in_a_row": self._skips_in_a_row, "window": self._window.state(),
-            "best": self._best, "waited": self._waited,
+            **self._best.state(),
         }  # fmt: skip
         self._saved_at, others = self.step, []
         if self.ranks.size > 1:
@@ -402,7 +372,7 @@ class Trainer:
         self._check_description(config)
         self.skipped, self._skips_in_a_row = progress["skipped"], progress["skips_in_a_row"]
         self._window = Window(**progress["window"])
-        self._best, self._waited, self._saved_at = progress["best"], progress["waited"], self.step
+        self._best, self._saved_at = Best.of(progress), self.step
         self._others = trainer.get("others", [])
         for what, saved, now in (("threads", trainer["threads"], xc.get_num_threads()),
                                  ("ranks", len(self._others) + 1, self.ranks.size)):  # fmt: skip
@@ -416,42 +386,34 @@ class Trainer:
 
     def _agree(self, resumed):
         """Put all ranks into the state of rank 0, and give each its own generators; whether that resumed."""
-        if len(set(self.ranks.gather_bytes(repr(_as_json(self._description())).encode()))) > 1:
+        if len(set(self.ranks.gather_bytes(repr(self._description()).encode()))) > 1:
             raise RankError("the ranks were started with different options, or see different data")
-        mine = {"resumed": resumed, "step": self.step, "best": self._best, "waited": self._waited,
+        mine = {"resumed": resumed, "step": self.step, **self._best.state(),
                 "skipped": self.skipped, "skips_in_a_row": self._skips_in_a_row, "others": self._others}
         state = self.ranks.from_leader(mine)
         for part in (self.model, self.optimizer, self.average):
             if part is not None:
-                part.load_state_dict(self._spread(part.state_dict()))
+                part.load_state_dict(spread_state(self.ranks, part.state_dict()))
         generators, others = self._every_generator(), state["others"] or []
         if len(others) != self.ranks.size - 1:
             own_chance(generators, self.ranks.rank)
         elif not self.ranks.leads:
             for name, generator in generators.items():
                 checkpoint.restore_generator(generator, others[self.ranks.rank - 1][name])
-        self.step, self._best, self._waited = state["step"], state["best"], state["waited"]
+        self.step, self._best = state["step"], Best.of(state)
         self.skipped, self._skips_in_a_row = state["skipped"], state["skips_in_a_row"]
         self._saved_at = self.step if state["resumed"] else None
         return state["resumed"]
 
-    def _spread(self, state):
-        """The arrays of rank 0 under the same names."""
-        state = {name: np.array(state[name], order="C") for name in sorted(state)}
-        for array in state.values():
-            self.ranks.spread(array)
-        return state
-
     def _check_description(self, config):
         """ConfigError if the saved run differs in anything that its numbers depend on."""
-        saved, now = (config or {}).get("trainer", {}), self.config.to_dict()
+        saved, now = config or {}, self._description()
         names = ("accumulate", "clip", "ema_decay", "seed", "log_every")
-        differences = [f"{n} was {saved.get(n)!r}, is {now[n]!r}" for n in names if saved.get(n) != now[n]]
-        was, described = (config or {}).get("run"), _as_json(self.describe)
-        if was != described:
-            differences += _numbers_that_differ(was, described) or ["the description of model and data is another"]
-        if differences:
-            raise ConfigError(f"cannot resume {self.output_dir}: " + "; ".join(differences))
+        found = checkpoint.differences({n: saved.get("trainer", {}).get(n) for n in names},
+                                       {n: now["trainer"][n] for n in names})
+        found += checkpoint.differences(saved.get("run"), now["run"])
+        if found:
+            raise ConfigError(f"cannot resume {self.output_dir}: " + "; ".join(found))
 
     def _open(self, resume, overwrite):
         """Prepare ``output_dir`` and the state; returns whether a run was resumed."""
@@ -489,23 +451,3 @@ class Trainer:
             self._log.write(record)
             if self._events is not None:
                 self._events.write(record)
-
-
-def _numbers_that_differ(was, now):
-    """["batch_size was 64, is 32", …] of two dicts, as far as it is plain numbers and texts that differ."""
-    if not isinstance(was, dict) or not isinstance(now, dict):
-        return []
-    found = []
-    for name, value in now.items():
-        if isinstance(value, dict):
-            found += [f"{name}.{text}" for text in _numbers_that_differ(was.get(name), value)]
-        elif was.get(name) != value and isinstance(value, (int, float, str)):
-            found.append(f"{name} was {was.get(name)!r}, is {value!r}")
-    return found
-
-
-def _as_json(value):
-    """``value`` as it comes back from a JSON file: tuples are lists."""
-    if isinstance(value, dict):
-        return {key: _as_json(part) for key, part in value.items()}
-    return [_as_json(part) for part in value] if isinstance(value, (list, tuple)) else value

@@ -259,6 +259,14 @@ def means(found):
     return {name: float(np.mean([values[name] for values in found if name in values])) for name in names}
 
 
+def spread_state(ranks, state):
+    """The arrays of rank 0 under the names of ``state``."""
+    state = {name: np.array(state[name], order="C") for name in sorted(state)}
+    for array in state.values():
+        ranks.spread(array)
+    return state
+
+
 def own_chance(generators, rank):
     """Give the generators of a rank other than 0 a state of their own, a function of the old one and the rank.
 

@@ -14,19 +14,20 @@ LINE_HEIGHT, LETTER_WIDTH = 18, 7.5  # of the legend
 TICKS = 5
 
 
-def line_chart(series, *, title="", x_label="", y_label="", y_range=None, log_x=False, size=(760, 400)):
+def line_chart(series, *, title="", x_label="", y_label="", y_range=None, log_x=False, size=(760, 400),
+               legend=None):
     """One chart of several lines.
 
     series : {name: (xs, ys)}, finite or not; a value that is not finite breaks its line.
     y_range : (lowest, highest) of the vertical axis; by default what the values span.
-    log_x : a logarithmic horizontal axis (positive values).
+    log_x : a logarithmic horizontal axis (positive values).   legend : pixels for the names of the lines.
     Returns the text of an SVG file of ``size`` pixels.  Raises ConfigError if nothing can be drawn.
     """
     lines = {name: _points(name, *values) for name, values in series.items()}
     finite = [point for points in lines.values() for point in points if _drawable(point, log_x)]
     if not finite:
         raise ConfigError(f"line_chart {title!r}: no finite point in {list(series)}")
-    legend = 48 + LETTER_WIDTH * max(map(len, map(str, series)))
+    legend = legend_width(series) if legend is None else legend
     right = max(size[0] - legend, size[0] / 2)
     across = _Axis([x for x, _ in finite], MARGIN["left"], right, log=log_x)
     up = _Axis([y for _, y in finite] if y_range is None else y_range, size[1] - MARGIN["bottom"], MARGIN["top"])
@@ -41,6 +42,11 @@ def line_chart(series, *, title="", x_label="", y_label="", y_range=None, log_x=
         parts.append(_polyline([(x, y), (x + 22, y)], style))
         parts.append(_text(x + 28, y + 4, name))
     return "\n".join([*parts, "</svg>", ""])
+
+
+def legend_width(names):
+    """Pixels that the longest of ``names`` takes beside its sample of line."""
+    return 48 + LETTER_WIDTH * max(map(len, map(str, names)))
 
 
 def draw_training(log, target):
@@ -64,16 +70,21 @@ def training_chart(records):
                 xs.append(record["step"])
                 ys.append(value)
     losses = {name: line for name, line in lines.items() if name.split()[-1] == "loss"}
-    rates = {name: lines[name] for name in ("lr",) if name in lines}
-    shares = {name: line for name, line in lines.items() if name not in {*losses, *rates, "grad_norm"}
+    rates = {}
+    if "lr" in lines:
+        steps, values = lines["lr"]
+        peak = max(values)
+        rates[f"of {peak:g}"] = steps, [value / peak if peak else 0.0 for value in values]
+    shares = {name: line for name, line in lines.items() if name not in {*losses, "lr", "grad_norm"}
               and all(0 <= value <= 1 for value in line[1])}
     first = sorted(shares, key=lambda name: name.split()[-1] != "all")  # the sum before its parts
     shares = {name: shares[name] for name in shares if name in first[: len(COLOURS)]}
-    panels = [("loss", losses, None), ("share", shares, (0, 1)), ("learning rate", rates, None)]
+    panels = [("loss", losses, None), ("share", shares, (0, 1)), ("learning rate", rates, (0, 1))]
     width, height, parts = 760, 300, []
+    legend = legend_width([*losses, *shares, *rates, ""])  # one for all, so that steps stand below each other
     for label, series, span in panels:
         if series:
-            chart = line_chart(series, x_label="step", y_label=label, y_range=span, size=(width, height))
+            chart = line_chart(series, x_label="step", y_label=label, y_range=span, size=(width, height), legend=legend)
             parts.append(chart.replace("<svg ", f'<svg y="{len(parts) * height}" ', 1))
     if not parts:
         return ""

@@ -203,3 +203,33 @@ def samples_of(batch):
     elif isinstance(batch, tuple):
         batch = batch[0]
     return len(batch)
+
+
+class Best:
+    """The best of a monitored number so far, and how many evaluations have gone by without a real gain.
+
+    ``value`` is the best; ``reference`` the last that was better than the one before by more than ``min_delta``.
+    """
+
+    def __init__(self, value=None, reference=None, waited=0):
+        self.value, self.reference, self.waited = value, reference, waited
+
+    def judge(self, value, mode, min_delta):
+        """Take in a new number, better if greater (``mode`` "max") or less ("min"); whether it is the best."""
+        sign = 1 if mode == "max" else -1
+        if not math.isfinite(value):
+            self.waited += 1
+            return False
+        gained = self.reference is None or sign * (value - self.reference) > min_delta
+        self.reference, self.waited = (value, 0) if gained else (self.reference, self.waited + 1)
+        better = self.value is None or sign * value > sign * self.value
+        self.value = value if better else self.value
+        return better
+
+    def state(self):
+        """JSON data for :meth:`of`."""
+        return {"best": self.value, "reference": self.reference, "waited": self.waited}
+
+    @classmethod
+    def of(cls, state):
+        return cls(state["best"], state.get("reference", state["best"]), state["waited"])

@@ -187,7 +187,7 @@ def test_one_rank_that_is_told_to_stop_stops_all(tmp_path, on_ranks):
     def work(ranks):
         run = trainer(ranks, tmp_path)
         if ranks.rank == 1:
-            run.after_step = lambda model: setattr(run, "_asked", "SIGTERM" if run.step == 4 else None)
+            run.after_step = lambda model: setattr(run.interruption, "asked", "SIGTERM" if run.step == 4 else None)
         result = run.run()
         return result.step, result.reason, result.exit_code
 

@@ -65,7 +65,7 @@ RECORDS = [{"step": 10, "split": "train", "loss": 2.0, "accuracy": 0.25, "scale"
 def test_a_training_is_drawn_in_panels_and_the_sum_is_not_crowded_out_by_its_parts(tmp_path):
     chart = training_chart(RECORDS)
     words = {text.text for text in ElementTree.fromstring(chart).iter(f"{SVG}text")}
-    assert {"loss", "accuracy", "validation all", "lr", "step"} <= words
+    assert {"loss", "accuracy", "validation all", "learning rate", "of 0.001", "step"} <= words
     assert not {"scale", "seconds", "validation type 19"} & words
     assert len(ElementTree.fromstring(chart).findall(f"{SVG}svg")) == 3
 
