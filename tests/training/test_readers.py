@@ -17,7 +17,7 @@ from training.data.readers.settings import Settings, split_of
 from training.data.readers.tar import TarPicture, members
 from training.data.readers.vqa import soft_accuracy
 from training.data.readers.webdataset import expand
-from xuracore.errors import ConfigError, FormatError
+from xuracore.errors import ConfigError, FormatError, XuraError
 from xuravljepa.model import CAPTION_QUERY
 
 
@@ -165,6 +165,11 @@ def test_columns_can_be_named(tmp_path):
         open_dataset(tmp_path, settings=Settings(image="photo"))
     with pytest.raises(FormatError, match="t.csv:1: needs a column of pictures"):
         open_dataset(tmp_path)
+    for first, words in (('image,"a"b', "names no columns"), ("image,text,text", "'text' is there twice"),
+                         ("", "needs")):
+        put(tmp_path, {"t.csv": f"{first}\n1.png,x,y\n"})
+        with pytest.raises(FormatError, match=f"t.csv:1: .*{words}"):
+            open_dataset(tmp_path)
 
 
 def test_pictures_may_lie_elsewhere(tmp_path):
@@ -318,8 +323,8 @@ def test_elements_come_with_their_line_and_odd_ones_alone(tmp_path):
     found = [(key, line, str(value)[:20] if isinstance(value, Exception) else value)
              for key, line, value in elements(path)]
     assert found == [("info", 1, {"a": 1}), ("images", 2, 1), ("images", 2, {"id": 2}),
-                     ("images", 3, "NaN is not JSON"), ("images", 3, "the key 'a' appears "), ("images", 4, "the number 1e999 is "),
-                     ("images", 4, "a number of 5000 dig"), ("y", 5, 12)]
+                     ("images", 3, "NaN is not JSON"), ("images", 3, "the key 'a' appears "),
+                     ("images", 4, "the number 1e999 is "), ("images", 4, "a number of 5000 dig"), ("y", 5, 12)]
 
 
 @pytest.mark.parametrize("text,words", [
@@ -427,3 +432,37 @@ def test_bad_rows_are_written_down(tmp_path):
     assert len(rows) == len(words) and rows[0] == {"file": str(tmp_path / "t.csv"), "line": 3, "reason": (
         "has 2 cells; the first line names 3 columns")}
     assert bad.report(2).count("\n") == 2 and bad.report(2).endswith("… and 5 more")
+
+
+WORDS = (b"null", b"NaN", b"1e999", b"[]", b'""', b'"../../x.png"', b'"\\ud800"', b"[[[[", b'"a":1,"a":2', b"\0",
+         b"\xff", b'"', b"\n\n", b"\r")
+
+
+def spoilt(data, rng):
+    """The bytes with a few of them changed, gone, doubled, or words of mischief among them."""
+    for _ in range(rng.integers(1, 5)):
+        i, j, n = rng.integers(0, len(data) + 1, 3)
+        data = (data[:i] + bytes(rng.integers(0, 256, 1 + n % 4, np.uint8)) + data[i + n % 5 :],
+                data[:i] + data[i + n % 40 :], data[:i] + data[j : j + n % 200] + data[i:],
+                data[:i] + WORDS[n % len(WORDS)] + data[i + j % 8 :], data[:i] or b"{")[rng.integers(5)]
+    return data
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_whatever_is_spoilt_gives_rows_or_an_error_of_ours(name, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    KINDS[name](root)
+    rng = np.random.default_rng(len(name))
+    texts = (".json", ".jsonl", ".csv", ".tsv", ".tar", ".txt")
+    for path in [path for path in sorted(root.rglob("*")) if path.suffix in texts]:
+        sound = path.read_bytes()
+        for _ in range(25):
+            path.write_bytes(spoilt(sound, rng))
+            for form in ("auto", name.partition("-")[0]):
+                try:
+                    rows = open_dataset(root, form, max_bad_fraction=1.0).rows
+                    assert all(row.query is None or row.answer for row in rows)
+                except XuraError as error:
+                    assert str(root) in str(error)
+        path.write_bytes(sound)

@@ -43,7 +43,7 @@ def main(argv=None):
     args.steps = args.steps or (30 if args.tiny else None)
     if args.data_dir:
         parser.error("phase 0 needs the dense labels of generated scenes; for your own pictures use real weights "
-                     "(train_jepa.py --vit DIR)")
+                     "(train_jepa.py --vit DIR), or let the X-Encoder learn in phase 1 (--train-encoder)")
     config = VLJEPAConfig.preset(args.preset).vision
     model = pretrain.SceneReader(config, rng=np.random.default_rng(args.seed))
     grid = config.image_size // config.patch_size

@@ -55,11 +55,14 @@ def _table(file, folder, split, settings):
             yield "\0\n" if isinstance(line, Refused) else _text(line)
 
     table = csv.reader(texts(), delimiter=separator, strict=True)
-    header = [name.strip() for name in _next(table) or []]
+    try:
+        header = [name.strip() for name in next(table, [])]
+    except csv.Error as error:
+        raise FormatError(f"the first line names no columns: {error}", f"{file}:1") from None
     columns = _columns(header, file, settings)
     while True:
         try:
-            cells = _next(table)
+            cells = next(table, None)
             if cells is None:
                 return
             row = _row(cells, header, columns, settings)
@@ -68,10 +71,6 @@ def _table(file, folder, split, settings):
         except (csv.Error, Refused) as error:
             row = error if isinstance(error, Refused) else Refused(f"not a row of a table: {error}")
         yield Entry(file, numbers[0], row, folder)
-
-
-def _next(table):
-    return next(table, None)
 
 
 def _text(line):
