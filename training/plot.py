@@ -74,13 +74,13 @@ def training_chart(records):
     if "lr" in lines:
         steps, values = lines["lr"]
         peak = max(values)
-        rates[f"of {peak:g}"] = steps, [value / peak if peak else 0.0 for value in values]
+        rates[f"of {peak:.3g}"] = steps, [value / peak if peak else 0.0 for value in values]
     shares = {name: line for name, line in lines.items() if name not in {*losses, "lr", "grad_norm"}
               and all(0 <= value <= 1 for value in line[1])}
     first = sorted(shares, key=lambda name: name.split()[-1] != "all")  # the sum before its parts
     shares = {name: shares[name] for name in shares if name in first[: len(COLOURS)]}
     panels = [("loss", losses, None), ("share", shares, (0, 1)), ("learning rate", rates, (0, 1))]
-    width, height, parts = 760, 300, []
+    width, height, parts = 900, 300, []
     legend = legend_width([*losses, *shares, *rates, ""])  # one for all, so that steps stand below each other
     for label, series, span in panels:
         if series:

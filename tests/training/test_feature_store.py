@@ -55,6 +55,17 @@ def test_the_second_epoch_and_the_second_run_do_not_run_the_encoder(tmp_path):
     np.testing.assert_array_equal(again(ROWS), features(ROWS))
 
 
+def test_ranks_share_the_encoding_and_with_a_cache_one_does_it_for_all(tmp_path, on_ranks):
+    ours = model()
+    alone, seen = FeatureStore(ours, ROWS, batch_size=4)(ROWS), counted(ours.x_encoder)
+    stores = on_ranks(2, lambda ranks: FeatureStore(ours, ROWS, batch_size=4, ranks=ranks)(ROWS))
+    assert seen == [2, 2, 1, 1]
+    stores += on_ranks(2, lambda ranks: FeatureStore(ours, ROWS, batch_size=4, cache=tmp_path, ranks=ranks)(ROWS))
+    assert seen == [2, 2, 1, 1, 4, 2]
+    for tokens in stores:
+        np.testing.assert_allclose(tokens, alone, rtol=2**-9, atol=1e-4)
+
+
 def test_a_run_that_was_killed_goes_on_and_equal_pictures_are_one(tmp_path):
     ours = model()
     seen = counted(ours.x_encoder)

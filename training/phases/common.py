@@ -9,6 +9,7 @@ import numpy as np
 from training.data.prefetch import Prefetch
 from training.data.readers.tar import TarPicture
 from training.data.scenes import Scene, render
+from training.parallel import ALONE, shared
 from xuracore import get_num_threads
 from xuracore.errors import ConfigError, FormatError
 from xuravljepa import image as images
@@ -93,16 +94,19 @@ class FeatureStore(PictureStore):
     An X-Encoder forward pass costs as much as a predictor's training step, and many questions share a
     picture.  ``store(rows)`` → (B, n, d) float32.  report : called with (done, total, seconds).
     cache : a folder that keeps the tokens, memory-mapped, so that the next run does not encode again.
-    bad, workers : as for a PictureStore.
+    bad, workers : as for a PictureStore.   ranks : those that share the encoding; with a cache the first one does
+    it, and the others find it there.
     """
 
-    def __init__(self, model, rows, batch_size=64, report=None, cache=None, bad=None, workers=None):
+    def __init__(self, model, rows, batch_size=64, report=None, cache=None, bad=None, workers=None, ranks=ALONE):
         super().__init__(rows, bad, workers, ahead=batch_size)
         self._model, self._batch_size, self._report = model, batch_size, report
+        self._tokens_of = shared(model.visual_tokens, ranks if cache is None else ALONE)
         if cache is None:
             self._encode_all()
         else:
-            self._take_from(FeatureCache(cache, model.x_encoder, model.config.preprocessing))
+            for _ in ranks.in_turn():
+                self._take_from(FeatureCache(cache, model.x_encoder, model.config.preprocessing))
 
     def _encode(self, pictures):
         """(rows, their tokens) of each batch."""
@@ -110,7 +114,7 @@ class FeatureStore(PictureStore):
         with contextlib.closing(self._good(lambda row: row_pixels(self._model, row), pictures)) as good:
             while part := list(itertools.islice(good, self._batch_size)):
                 rows, pixels = zip(*part)
-                yield rows, self._model.visual_tokens(np.stack(pixels))
+                yield rows, self._tokens_of(np.stack(pixels))
                 done += len(part)
                 if self._report is not None:
                     total = len(pictures) - (len(self._faults) - earlier)

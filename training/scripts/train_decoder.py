@@ -46,10 +46,11 @@ def main(argv=None):
         return 0
     if bad is not None:
         train_rows, held_rows = arguments.leave_out_long(model, bad, train_rows, held_rows)
-    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"), bad=bad)
+    features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"), bad=bad,
+                            ranks=args._ranks)
     if bad is not None:
         train_rows, held_rows = features.usable(train_rows), features.usable(held_rows)
-        arguments.report_bad(bad, args.output_dir, args.quiet)
+        arguments.report_bad(bad, args.output_dir if args._ranks.leads else None, args.quiet)
     options.say(args, f"predicting the answers of {len(train_rows):,} questions")
     predict = parallel.shared(lambda rows: decoder.predict(model, rows, features, tool=True), args._ranks)
     predicted = predict(train_rows)

@@ -229,13 +229,13 @@ def main(argv=None):
         seen, answer_loss = pictures.tokens_of(model), end_to_end.answer_loss(args.angn_reg_weight, args.augment)
     else:
         pictures = seen = FeatureStore(model, [*train_rows, *held_rows], cache=args.feature_cache, bad=bad,
-                                       report=options.counter(args, "pictures encoded"))
+                                       report=options.counter(args, "pictures encoded"), ranks=args._ranks)
         answer_loss = jepa.answer_loss(args.angn_reg_weight)
         if not args.model:
             model.predictor.fit_vision(pictures.tokens[:2000])
     if bad is not None:
         train_rows, held_rows = pictures.usable(train_rows), pictures.usable(held_rows)
-        arguments.report_bad(bad, args.output_dir, args.quiet)
+        arguments.report_bad(bad, args.output_dir if args._ranks.leads else None, args.quiet)
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
     batches = jepa.QuestionBatches(model, train_rows, pictures, options.whole_batch(args), args.seed, args.turns,
                                    lesson, typos=args.typos, ranks=args._ranks)
@@ -257,7 +257,8 @@ def main(argv=None):
         evaluate=lambda t, step: accuracy_by_type(t.model, held, seen), after_step=lambda t: t.after_step(),
         describe={"phase": 1, "model": model.config.to_dict(), "rows": len(train_rows),
                   "batch_size": options.whole_batch(args), "data_seed": args.data_seed,
-                  "objective": settings.to_dict()},
+                  "objective": settings.to_dict(),
+                  **({"train_encoder": True, "augment": args.augment} if args.train_encoder else {})},
     )
     if result.complete:
         options.finish(args, trainer, model, lambda: accuracy_by_type(model, held, seen))
