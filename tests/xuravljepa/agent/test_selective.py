@@ -168,13 +168,15 @@ def test_a_configuration_that_makes_no_sense_is_refused(wrong):
 # ---------------------------------------------------------------------------------------------
 
 
-def brute_force(x, count):
+def brute_force(x, count, threshold=np.inf):
     """Ward's merges, each time by looking at every pair of neighbours."""
     parts = [[i] for i in range(len(x))]
     while len(parts) > count:
         prices = [len(a) * len(b) / (len(a) + len(b)) * np.sum((x[a].mean(0) - x[b].mean(0)) ** 2)
                   for a, b in zip(parts, parts[1:])]
         best = int(np.argmin(prices))
+        if prices[best] > threshold:
+            break
         parts[best:best + 2] = [parts[best] + parts[best + 1]]
     return [(part[0], part[-1] + 1) for part in parts]
 
@@ -188,6 +190,13 @@ def test_the_heap_finds_what_brute_force_finds(seed, frames, data):
     for segment in segments:
         assert np.allclose(segment.embedding, x[segment.start:segment.stop].mean(axis=0))
         assert segment.start <= segment.middle < segment.stop
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 14), st.floats(0, 8))
+def test_a_threshold_stops_where_brute_force_stops(seed, frames, threshold):
+    x = np.random.default_rng(seed).normal(size=(frames, 3))
+    segments = ward_segments(x, threshold=threshold)
+    assert [(segment.start, segment.stop) for segment in segments] == brute_force(x, 1, threshold)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0, 2.0])
