@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, confidence, spread
+from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, confidence, short, spread
 from training.phases.common import generator, row_picture
 from xuravljepa.agent.trace import printable
 from xuravljepa.image import read_rgb
@@ -153,7 +153,7 @@ def _types(found):
     columns = [name for name in COLUMNS[1:] if any(name in cells for cells in found["types"].values())]
     rows = []
     for kind, cells in found["types"].items():
-        name = _text(kind.replace("_", " "))
+        name = _text(short(kind.replace("_", " ")))
         name = f"<b>{name}</b>" if kind in ("all", "relational", "non-relational") else name
         rows.append([f"{name}<small>{cells['accuracy']['count']:,}</small>", _bar(cells), _ranged(cells["accuracy"]),
                      *(_percent(cells[column]) if column in cells else "" for column in columns)])
@@ -251,16 +251,12 @@ def _card(answers, i, kind, budget):
     if len(data) > budget[0]:
         return ""
     budget[0] -= len(data)
-    expected = "" if kind == "right" else f'<span class="expected">it is <b>{_text(_short(row.answer))}</b></span>'
+    expected = "" if kind == "right" else f'<span class="expected">it is <b>{_text(short(row.answer, 80))}</b></span>'
     sure = f"{100 * answers.confidence[i]:.0f} % sure"
-    return (f'<figure class="{kind}"><img src="{data}" alt="picture {_text(_short(row.id))}" width="{width}" '
-            f'height="{height}"><figcaption><span class="asked">{_text(_short(row.query))}</span>'
-            f'<span class="said"><b>{_text(_short(answers.said[i]))}</b> <small>{sure}</small></span>{expected}'
+    return (f'<figure class="{kind}"><img src="{data}" alt="picture {_text(short(row.id))}" width="{width}" '
+            f'height="{height}"><figcaption><span class="asked">{_text(short(row.query, 80))}</span>'
+            f'<span class="said"><b>{_text(short(answers.said[i], 80))}</b> <small>{sure}</small></span>{expected}'
             f"</figcaption></figure>")
-
-
-def _short(text, most=80):
-    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def thumbnail(source):
@@ -316,8 +312,8 @@ def _words(found):
                  for name, title in (("own", "held against its own"), ("other", "another picture's"))]
         heads = [f"<b>{_text(kind.replace('_', ' '))}</b>", *(WRITTEN[measure] for measure in row["own"])]
         parts.append(_table(heads, lines))
-        parts.append(_table(["written", "expected"], [[_text(_short(pair["written"], 160)),
-                                                       _text(_short(pair["caption"], 160))]
+        parts.append(_table(["written", "expected"], [[_text(short(pair["written"], 160)),
+                                                       _text(short(pair["caption"], 160))]
                                                       for pair in row["examples"]], "texts"))
         if "note" in row:
             parts.append(f'<p class="note">{_text(row["note"][:1].upper() + row["note"][1:])}</p>')

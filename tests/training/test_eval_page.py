@@ -12,7 +12,7 @@ from PIL import Image
 from training import eval_page
 from training.data.dataset import Dataset
 from training.data.manifest import Sample
-from training.evaluation import material
+from training.evaluation import material, tables
 from training.evaluation.answering import Answers
 from training.scripts import evaluate
 from xuracore.errors import ConfigError, FormatError
@@ -170,6 +170,14 @@ def test_nothing_in_the_data_becomes_markup_and_nothing_is_loaded():
     assert "default-src 'none'" in page
     assert all(value.startswith("data:image/png;base64,") for name, value in checked.attributes if name == "src")
     assert not re.search(r"https?:|url\(|@import", page)
+
+
+def test_nothing_in_the_data_moves_the_cursor():
+    cell = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 2, "pictures": 2}
+    answers = {"types": {"all": {"accuracy": cell}, HOSTILE: {"accuracy": cell}}, "controls": {"reordered": 0.0},
+               "confidence": {"judge": "x", "mean": 0.5, "auroc": None, "ece": 0.1}, "unknown": 0}
+    said = tables.text({"about": about(), "answers": answers, "retrieval": {"skipped": HOSTILE}})
+    assert "\x1b" not in said and "50.0 [40.0, 60.0]" in said
 
 
 def test_alarms_stand_on_the_page():

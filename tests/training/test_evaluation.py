@@ -238,8 +238,18 @@ def test_the_chance_of_retrieval_is_that_of_a_random_order():
     fits = rng.random((6, 9)) < 0.3
     fits[:, 0] = True
     drawn = [metrics.recall_at_k(rng.random(fits.shape), fits, 3) for _ in range(3000)]
-    assert retrieval._chance(fits, 3) == pytest.approx(np.mean(drawn), abs=0.01)
-    assert retrieval._chance(fits, 9) == 1
+    assert retrieval.chance(fits.sum(axis=1), 9, 3) == pytest.approx(np.mean(drawn), abs=0.01)
+    assert retrieval.chance(fits.sum(axis=1), 9, 9) == 1
+
+
+def test_retrieval_in_parts_is_retrieval_at_once(monkeypatch):
+    rng = np.random.default_rng(0)
+    asked, gallery = rng.standard_normal((9, 4)), rng.standard_normal((7, 4))
+    pairs = np.array([(i, (3 * i) % 7) for i in range(9)] + [(0, 1)])
+    whole = retrieval._one_way("x", asked, gallery, pairs, INTERVALS)
+    monkeypatch.setattr(retrieval, "ROWS", 2)
+    assert retrieval._one_way("x", asked, gallery, pairs, INTERVALS) == whole
+    assert 1 < whole["median_rank"]["value"] < 7
 
 
 def test_captions_nobody_can_read_are_said_to_be_so():
@@ -324,3 +334,11 @@ def test_what_cannot_be_measured_is_refused(tmp_path):
     assert len(limited.rows) == 2 and "first 2 of 4" in limited.notes[0]
     with pytest.raises(FormatError):
         material.own(tmp_path / "missing")
+
+
+def test_of_very_many_types_the_commonest_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(material, "MOST_TYPES", 2)
+    rows = [{**row, "type": "ab"[i % 2] if i < 6 else f"rare {i}"} for i, row in enumerate(own_rows(["test"] * 9))]
+    write_rows(tmp_path, rows)
+    found = material.own(tmp_path)
+    assert {row.type for row in found.rows} == {"a", "b", "other types"} and "commonest" in " ".join(found.notes)

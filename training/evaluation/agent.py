@@ -10,6 +10,7 @@ import numpy as np
 from training import metrics
 from training.data.dataset import Dataset
 from training.phases import agent as phase
+from training.phases import monitor as judging
 from training.phases.common import FeatureStore
 from xuracore import no_grad
 from xuravljepa.agent.recursion import RecursionConfig
@@ -25,7 +26,7 @@ def doubt_report(model, heads, scenes=500, seed=0, features=None):
     plain = plain[:: max(1, len(plain) // (6 * scenes))]
     rows = [*plain, *Dataset.tools("test", scenes, seed, pools=("known", "test")).rows]
     features = FeatureStore(model, rows) if features is None else features
-    found = phase.gather_readings(model, heads, rows, features, inject=False)
+    found = judging.gather_readings(model, heads, rows, features, inject=False)
     wrong, p = found["wrong"], heads.monitor.p_wrong(found["features"])
     tool = np.array([rows[i].tool is not None for i in found["row"]])
     result = {"questions": len(rows), "wrong": float(wrong.mean())}
@@ -38,7 +39,7 @@ def doubt_report(model, heads, scenes=500, seed=0, features=None):
                 "ece": metrics.expected_calibration_error(np.clip(1 - doubt, 0, 1), right),
                 "coverage_at_1_percent_risk": metrics.coverage_at_risk(1 - doubt, right, 0.01),
             }
-    strange = phase.strange_readings(model, heads, plain, 200, seed + 1)
+    strange = judging.strange_readings(model, heads, plain, 200, seed + 1)
     result["strange_pictures_called_unsure"] = float(
         (heads.monitor.p_wrong(strange) > heads.config.abstain_above).mean())
     return result

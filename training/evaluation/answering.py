@@ -50,6 +50,13 @@ def picture_numbers(rows):
 
 
 @no_grad()
+def encode_texts(model, texts, batch_size=256):
+    """(n, E) array: the Y-Encoder's embeddings of texts, a part at a time; their number may be large."""
+    parts = [model.encode_answers(texts[i : i + batch_size]).data for i in range(0, len(texts), batch_size)]
+    return np.concatenate(parts)
+
+
+@no_grad()
 def read(model, rows, features, shown=None, heads=None, candidates=None, report=None, batch_size=128):
     """Ask the model every row; an Answers.
 
@@ -58,10 +65,10 @@ def read(model, rows, features, shown=None, heads=None, candidates=None, report=
     known answers; a row's own ``choices`` win over both.   report : called with (done, total).
     """
     names = list(model.config.answers if candidates is None else candidates)  # none: only the embeddings count
-    bank = model.encode_answers(names).data if names else None
+    bank = encode_texts(model, names) if names else None
     chosen_from = sorted({text for row in rows for text in row.choices})
     place = {text: i for i, text in enumerate(chosen_from)}
-    choices = model.encode_answers(chosen_from).data if chosen_from else None
+    choices = encode_texts(model, chosen_from) if chosen_from else None
     said, sure, embeddings, scale = [], [], [], model.scale
     for start in range(0, len(rows), batch_size):
         asked = rows[start : start + batch_size]

@@ -13,7 +13,7 @@ import numpy as np
 from training import metrics
 from training.data.dataset import Dataset
 from training.data.priors import QuestionOnlyPrior
-from training.evaluation.answering import groups_of, other_pictures, picture_numbers, read, score
+from training.evaluation.answering import encode_texts, groups_of, other_pictures, picture_numbers, read, score
 from training.phases.common import generator
 
 # What the Relation Network's Sort-of-CLEVR asks (Santoro et al. 2017), and our types that ask it.
@@ -90,7 +90,7 @@ def _reordered(model, answers, seed):
         return 0.0
     order = generator(seed, 24).permutation(len(model.config.answers))
     names = [model.config.answers[i] for i in order]
-    said = np.array(names)[(answers.embedding @ model.encode_answers(names).data.T).argmax(axis=1)]
+    said = np.array(names)[(answers.embedding @ encode_texts(model, names).T).argmax(axis=1)]
     return float(np.mean(said[asked] != answers.said[asked]))
 
 

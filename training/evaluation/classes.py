@@ -8,14 +8,12 @@ from collections import Counter
 
 import numpy as np
 
-from training.evaluation.answering import ask_each, picture_numbers, read
-from xuracore import no_grad
+from training.evaluation.answering import ask_each, encode_texts, picture_numbers, read
 from xuracore.errors import ConfigError, ShapeError
 
 TEMPLATES = ("{}", "a {}", "the {}", "a picture of a {}")
 
 
-@no_grad()
 def class_embeddings(model, names, templates=TEMPLATES):
     """(classes, E) of unit length: the re-normalised mean over the templates.
 
@@ -28,8 +26,8 @@ def class_embeddings(model, names, templates=TEMPLATES):
     if not names or not templates:
         raise ConfigError("classification needs at least one class name and one template")
     sentences = [template.replace("{}", name) for name in names for template in templates]
-    encoded = model.encode_answers(sentences).data.astype(np.float64)  # of unit length already
-    mean = encoded.reshape(len(names), len(templates), -1).mean(axis=1)
+    encoded = encode_texts(model, sentences)  # of unit length already
+    mean = encoded.reshape(len(names), len(templates), -1).mean(axis=1, dtype=np.float64)
     return (mean / np.linalg.norm(mean, axis=1, keepdims=True)).astype(encoded.dtype)
 
 

@@ -8,7 +8,7 @@ repeated rows have a lower rank.
 import numpy as np
 
 from training import metrics
-from xuracore import no_grad
+from training.evaluation.answering import encode_texts
 
 LEAST_RANK = 0.05  # share of the dimensions
 GREATEST_COSINE = 0.95
@@ -16,12 +16,11 @@ MOST_ROWS = 4000  # that are looked at, drawn at random
 MOST_PAIRED = 1000  # of them whose pairs are compared
 
 
-@no_grad()
 def measure(model, answers, features, intervals):
     """{"predictor", "y_encoder", "x_encoder": {…}, "alignment", "alarms": [texts]}."""
     texts = sorted({row.answer for row in answers.rows})
     place = {text: i for i, text in enumerate(texts)}
-    targets = model.encode_answers(texts).data
+    targets = encode_texts(model, texts)
     spread = intervals.rng("health").permutation(len(answers.rows))[:MOST_ROWS]
     predicted, pictures = answers.embedding[spread], answers.pictures[spread]
     wanted = targets[[place[answers.rows[i].answer] for i in spread]]

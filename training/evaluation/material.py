@@ -1,6 +1,7 @@
 """Which rows are measured: generated splits, or a person's own data; and what the question-only prior learns from."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field, replace
 
 from training.data.dataset import Dataset, open_dataset
@@ -10,6 +11,7 @@ from xuracore.errors import ConfigError
 from xuravljepa.feature_cache import picture_digest
 
 PRIOR_SCENES = 4000
+MOST_TYPES = 50  # of a person's own questions
 TEXT_SCENES = 100
 TEXT_TYPES = ("caption_down", "colours", "shapes", "colours_of")
 
@@ -104,6 +106,12 @@ def own(path, split=None, limit=None, data=None):
         prior = [row for row in picked if row.query]
         notes.append("there are no training rows here: the question-only prior was counted on the measured rows "
                      "themselves, which flatters it")
+    common = Counter(row.type for row in picked if row.query)
+    if len(common) > MOST_TYPES:
+        notes.append(f"only the {MOST_TYPES} commonest of {len(common)} types are told apart")
+        kept = dict(common.most_common(MOST_TYPES))
+        picked, prior = ([row if row.type in kept else replace(row, type="other types") for row in part]
+                         for part in (picked, prior))
     left = len(every) - len(rows)
     if left:
         notes.append(f"{left} rows without a picture were left out")

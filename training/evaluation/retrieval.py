@@ -9,12 +9,13 @@ import math
 import numpy as np
 
 from training import metrics
-from training.evaluation.answering import ask_each, plain, read
+from training.evaluation.answering import ask_each, encode_texts, plain, read
 from training.phases.common import image_key
 from xuracore.errors import ShapeError
 from xuravljepa.model import CAPTION_QUERY
 
 DEPTHS = (1, 5, 10)
+ROWS = 256
 
 
 def measure(model, rows, features, intervals, query=CAPTION_QUERY, report=None):
@@ -29,15 +30,12 @@ def measure(model, rows, features, intervals, query=CAPTION_QUERY, report=None):
         why = f"; {long} are longer than the Y-Encoder of this model reads" if long else ""
         return {"skipped": f"needs two pictures with different captions that the model can read{why}"}
     pictures = read(model, shown, features, report=report).embedding
-    captions = np.concatenate([model.encode_answers(texts[i : i + 64]).data for i in range(0, len(texts), 64)])
+    captions = encode_texts(model, texts)
     row_of, column_of = ({key: i for i, key in enumerate(keys)} for keys in (map(image_key, shown), texts))
-    fits = np.zeros((len(shown), len(texts)), bool)
-    for row in rows:
-        fits[row_of[image_key(row)], column_of[plain(row.caption)]] = True
-    similarity = pictures.astype(np.float64) @ captions.T.astype(np.float64)
+    pairs = np.array(sorted({(row_of[image_key(row)], column_of[plain(row.caption)]) for row in rows}))
     return {"query": query, "pictures": len(shown), "captions": len(texts), "too_long": long,
-            "to_caption": _one_way("to_caption", similarity, fits, intervals),
-            "to_picture": _one_way("to_picture", similarity.T, fits.T, intervals)}
+            "to_caption": _one_way("to_caption", pictures, captions, pairs, intervals),
+            "to_picture": _one_way("to_picture", captions, pictures, pairs[:, ::-1], intervals)}
 
 
 def readable(model, rows):
@@ -53,9 +51,18 @@ def readable(model, rows):
     return kept, len(rows) - len(kept)
 
 
-def _one_way(name, similarity, fits, intervals):
-    ranks, each = metrics.retrieval_ranks(similarity, fits), np.arange(len(fits))
-    result = {"chance": {str(k): _chance(fits, k) for k in DEPTHS}}
+def _one_way(name, asked, gallery, pairs, intervals):
+    """asked (n, E), gallery (m, E), pairs (k, 2): which entry of the gallery fits which of those asked."""
+    ranks, each = [], np.arange(len(asked))
+    for start in range(0, len(asked), ROWS):  # a part at a time: n · m may be large
+        similarity = asked[start : start + ROWS].astype(np.float64) @ gallery.T.astype(np.float64)
+        fits = np.zeros(similarity.shape, bool)
+        here = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + len(fits))]
+        fits[here[:, 0] - start, here[:, 1]] = True
+        ranks.append(metrics.retrieval_ranks(similarity, fits))
+    ranks = np.concatenate(ranks)
+    fitting = np.bincount(pairs[:, 0], minlength=len(asked))
+    result = {"chance": {str(k): chance(fitting, len(gallery), k) for k in DEPTHS}}
     for k in DEPTHS:
         result[f"recall_at_{k}"] = intervals.cell(f"retrieval/{name}/{k}", ranks <= k, each)
     for kind, statistic in (("median", np.median), ("mean", np.mean)):
@@ -66,9 +73,9 @@ def _one_way(name, similarity, fits, intervals):
     return result
 
 
-def _chance(fits, k):
-    """Expected recall at k of a random order: 1 - C(n - positives, k) / C(n, k), over the rows."""
-    total = fits.shape[1]
-    missed = [math.comb(total - int(found), min(k, total)) / math.comb(total, min(k, total))
-              for found in fits.sum(axis=1)]
-    return 1 - float(np.mean(missed))
+def chance(fitting, total, k):
+    """Expected recall at k of a random order of ``total``: 1 - C(n - f, k) / C(n, k), over the numbers that fit."""
+    k = min(k, total)
+    kinds, counts = np.unique(fitting, return_counts=True)
+    missed = [math.comb(total - int(found), k) / math.comb(total, k) for found in kinds]
+    return 1 - float(np.average(missed, weights=counts))

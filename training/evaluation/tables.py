@@ -1,6 +1,7 @@
 """The results as text for a terminal."""
 
 from training.evaluation.words import NOT_TAUGHT
+from xuravljepa.agent.trace import printable
 
 COLUMNS = ("accuracy", "prior", "shuffled", "permuted", "paraphrase", "ood", "corrupt")
 WRITTEN = {"exact": "exact", "bleu4": "BLEU-4", "cider": "CIDEr", "objects": "all objects", "precision": "precision",
@@ -20,7 +21,12 @@ def text(result):
             missing = f"{job.capitalize()}: not measured, {found.get('skipped')}"
             parts.append(missing if "skipped" in found else write(found))
     parts += [f"{_TITLES[job]}\n{numbers(result[job], '  ')}" for job in _TITLES if job in result]
-    return "\n\n".join(parts) + "\n"
+    return "\n".join(printable(line) for line in "\n\n".join(parts).split("\n"))
+
+
+def short(name, most=40):
+    """The beginning of a name that somebody else chose."""
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def percent(cell):
@@ -38,13 +44,13 @@ def about(found):
 
 def answers(found):
     present = [name for name in COLUMNS if any(name in cells for cells in found["types"].values())]
-    width = max(14, *(len(kind) for kind in found["types"])) + 1
+    width = max(14, *(len(short(kind)) for kind in found["types"])) + 1
     lines = ["Answers, percent right, with 95 % intervals by picture",
              f"{'question type':{width}s}{'questions':>9s}  {present[0]:>18s}"
              + "".join(f"{name:>11s}" for name in present[1:])]
     for kind, cells in found["types"].items():
         rest = "".join(f"{100 * cells[name]['value']:11.1f}" if name in cells else " " * 11 for name in present[1:])
-        lines.append(f"{kind:{width}s}{cells['accuracy']['count']:9d}  {percent(cells['accuracy']):>18s}{rest}")
+        lines.append(f"{short(kind):{width}s}{cells['accuracy']['count']:9d}  {percent(cells['accuracy']):>18s}{rest}")
     lines.append(f"{ORDER_SENTENCE}: {100 * found['controls']['reordered']:.2f} %")
     lines.append(confidence(found["confidence"]))
     if found["unknown"]:

@@ -79,10 +79,11 @@ class _Writer:
 
 def _compare(kind, rows, written, references, intervals, generated):
     result, pictures = {"query": rows[0].query, "pictures": len(rows)}, picture_numbers(rows)
-    split = [caption_metrics.words(text) for text in written]
+    split, both = [caption_metrics.words(text) for text in written], []
     for name, shown in (("own", rows), ("other", other_pictures(rows, intervals.seed))):
         fitting = [references[kind, image_key(row)] for row in shown]
         known = [[caption_metrics.words(text) for text in texts] for texts in fitting]
+        both.append(known)
         exact = [plain(text) in map(plain, texts) for text, texts in zip(written, fitting)]
         cells = {"exact": intervals.cell(f"words/{kind}/{name}/exact", exact, pictures)}
         for measure in (caption_metrics.bleu4, caption_metrics.cider):
@@ -95,10 +96,16 @@ def _compare(kind, rows, written, references, intervals, generated):
         result[name] = cells
     result["examples"] = [{"id": row.id, "written": text, "caption": row.caption}
                           for row, text in list(zip(rows, written))[:3]]
-    own, other = result["own"]["cider"], result["other"]["cider"]
-    if own.get("low", own["value"]) <= other.get("high", other["value"]):
+    better = intervals.jackknife(_over(_advantage, split, list(zip(*both))), len(rows), pictures)
+    if better.get("low", better["value"]) <= 0:
         result["note"] = NOT_TAUGHT
     return result
+
+
+def _advantage(said, known):
+    """CIDEr held against the own picture's texts, less that against another one's."""
+    own, other = zip(*known)
+    return caption_metrics.cider(said, own) - caption_metrics.cider(said, other)
 
 
 def _over(measure, said, known, part=None):
