@@ -17,11 +17,14 @@ import sys
 ASLEEP, WATCHING, BUSY = range(3)  # states of a box; any other is the address of a task
 BOX_WORDS = 16  # two cache lines: neighbours must not share one
 LEAVE = 8  # byte offset of the word that calls a watching worker back to Python
+PROCESSOR = 16  # byte offset of the word that says where the worker was last
 NEXT, LEFT, PARTS, RANGE, KERNEL, FUNCTION, FAILED, ARGUMENTS = range(8)  # words of a task; the arguments follow
 WATCHES = 4000  # looks at the box, some 20 to 40 ns each, before a worker sleeps
 PATIENCE = 2000  # looks at those who are still busy, before the caller lets others have the processor
 
-ALONE, SHARED, BROKEN = range(3)  # what a launch returns: nobody watches; done; a part failed
+# What a launch returns: nobody watches; done; done, but the workers wait for the processor that the caller has;
+# a part failed.
+ALONE, SHARED, CROWDED, BROKEN = range(4)
 
 
 def build(numba, ir):
@@ -91,12 +94,26 @@ def build(numba, ir):
 
         return intrinsic(numba.core.types.void(), write)
 
+    @numba.extending.intrinsic
+    def processor(typing_context):
+        """The number of the one that this runs on, -1 where that is not known."""
+
+        def write(context, builder):
+            if not sys.platform.startswith("linux"):
+                return ir.Constant(word, -1)
+            kind = ir.FunctionType(ir.IntType(32), [])
+            number = builder.call(numba.core.cgutils.get_or_insert_function(builder.module, kind, "sched_getcpu"), [])
+            return builder.sext(number, word)
+
+        return intrinsic(whole(), write)
+
     def watch(box):
         looks = 0
         while True:
             state = load(box)
             if state == WATCHING:
                 looks += 1
+                store(box + PROCESSOR, processor())
                 if (looks > WATCHES or load(box + LEAVE)) and exchange(box, WATCHING, ASLEEP):
                     return
                 pause()
@@ -113,17 +130,22 @@ def build(numba, ir):
         if asked == 0:
             return ALONE
         work(load(task + 8 * FUNCTION), task)
-        expected = 1
+        expected, crowded, here = 1, False, processor()
         for i in range(workers):
-            if asked >> i & 1 and not exchange(boxes + 8 * BOX_WORDS * i, task, WATCHING):
+            box = boxes + 8 * BOX_WORDS * i
+            if asked >> i & 1 and not exchange(box, task, WATCHING):
                 expected += 1
+            elif asked >> i & 1 and here >= 0 and load(box + PROCESSOR) == here:
+                crowded = True
         looks = 0
         while load(task + 8 * LEFT) != expected:
             pause()
             looks += 1
             if looks > PATIENCE:
                 give_way()
-        return BROKEN if load(task + 8 * FAILED) else SHARED
+        if load(task + 8 * FAILED):
+            return BROKEN
+        return CROWDED if crowded else SHARED
 
     return watch, share
 

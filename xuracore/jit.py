@@ -454,6 +454,8 @@ def _shared(kernel, parts, tasks, *arguments):
             outcome = launch(address, threads.boxes(), threads.workers(), parts, tasks, *arguments)
         if outcome == crew.SHARED:
             return
+        if outcome == crew.CROWDED:
+            return threads.spread()
         if outcome == crew.BROKEN:
             raise MemoryError(f"kernel {kernel.__name__} failed, probably for want of memory")
     call = kernel.compiled()

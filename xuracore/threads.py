@@ -18,7 +18,6 @@ from pathlib import Path
 from xuracore.crew import BOX_WORDS, LEAVE, WATCHING
 from xuracore.errors import ConfigError
 
-_forked = False
 _threads = None  # chosen by set_num_threads; None until then
 
 
@@ -31,11 +30,6 @@ def prepare_environment():
     """
     if os.environ.get("XURA_NO_ENV", "") != "1":
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
-
-def is_forked():
-    """Whether this process began by a fork: threads that the parent had are not here."""
-    return _forked
 
 
 @functools.cache
@@ -151,6 +145,7 @@ class _Job:
 
 _jobs, _workers, _workers_lock = queue.SimpleQueue(), 0, threading.Lock()
 _boxes, _watch = None, None  # of the workers, and what they do with them
+_native_ids = []  # of the workers
 _this_thread = threading.local()  # has the attribute ``works`` in the threads that run() hands calls to
 
 
@@ -169,6 +164,7 @@ def _start_workers(wanted):
 def _work(jobs, boxes, number):
     """Do what is asked for; in between look at the box for a while, then sleep."""
     _this_thread.works = True
+    _native_ids.append(threading.get_native_id())
     box = number * BOX_WORDS
     while True:
         jobs.get().do()
@@ -192,6 +188,21 @@ def boxes():
 def workers():
     """How many workers there are."""
     return _workers
+
+
+def spread():
+    """Send the workers to other processors than the caller's.
+
+    The system likes to wake a thread where its waker runs; there the two take turns, while the next processor
+    is idle, until the system looks round, some milliseconds later.
+    """
+    with contextlib.suppress(OSError):
+        everywhere = os.sched_getaffinity(0)
+        elsewhere = everywhere - {ctypes.CDLL(None).sched_getcpu()}
+        for worker in _native_ids:
+            if elsewhere:
+                os.sched_setaffinity(worker, elsewhere)
+                os.sched_setaffinity(worker, everywhere)
 
 
 _holding, _holding_lock, _blas_before = 0, threading.Lock(), ()  # blocks of one_blas_thread(), and what they set aside
@@ -269,9 +280,8 @@ def _blas_functions():
 
 def _after_fork():
     """A child starts with the forking thread alone: no workers, and nobody who holds these locks."""
-    global _jobs, _workers, _boxes, _workers_lock, _holding, _holding_lock, _forked
-    _forked = True
-    _jobs, _workers, _boxes = queue.SimpleQueue(), 0, None
+    global _jobs, _workers, _boxes, _native_ids, _workers_lock, _holding, _holding_lock
+    _jobs, _workers, _boxes, _native_ids = queue.SimpleQueue(), 0, None, []
     _workers_lock, _holding_lock, _holding = threading.Lock(), threading.Lock(), 0  # those who held it are not here
 
 

@@ -23,15 +23,15 @@ def _forward(kernel, x):
     """``kernel`` on the elements of ``x``: the input it saw (flat), and the output in x's shape."""
     x = floating(x)
     seen = flat(x)
-    y = np.empty_like(seen)
-    kernel.sized(COST * seen.size)(seen, y)
-    return seen, y.reshape(x.shape)
+    y = np.empty(x.shape, x.dtype)
+    kernel.sized(COST * seen.size)(seen, y.ravel())
+    return seen, y
 
 
 def _backward(kernel, grad, seen):
-    dx = np.empty_like(seen)
-    kernel.sized(COST * seen.size)(flat(grad), seen, dx)
-    return (dx.reshape(grad.shape),)
+    dx = np.empty(grad.shape, seen.dtype)
+    kernel.sized(COST * seen.size)(flat(grad), seen, dx.ravel())
+    return (dx,)
 
 
 # ---------------------------------------------------------------------- sigmoid, tanh: from the output

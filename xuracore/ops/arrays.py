@@ -11,7 +11,8 @@ FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 
 def floating(x):
     """``x`` as a float32 or float64 array; Python numbers, integers and half precision become float32."""
-    x = np.asarray(x)
+    if type(x) is not np.ndarray:
+        x = np.asarray(x)
     return x if x.dtype in FLOATS and isinstance(x, np.ndarray) else x.astype(np.float32)
 
 
@@ -26,7 +27,7 @@ def contiguous(x, dtype=None):
 
 def flat(x):
     """``x`` as one C-contiguous axis (a view where it can be)."""
-    return contiguous(x).reshape(-1)
+    return x.ravel() if x.flags.carray else contiguous(x).reshape(-1)
 
 
 def rows(x):

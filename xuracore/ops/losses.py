@@ -24,7 +24,7 @@ def _reduce(loss, reduction, dtype, count=None):
     if reduction not in ("mean", "sum"):
         raise ConfigError(f"reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
     share = 1.0 / max(loss.size if count is None else count, 1) if reduction == "mean" else 1.0
-    return np.asarray(np.sum(loss, dtype=np.float64) * share, dtype=dtype), share
+    return np.asarray(np.add.reduce(loss, axis=None, dtype=np.float64) * share, dtype=dtype), share
 
 
 # ---------------------------------------------------------------------- cross-entropy
@@ -45,11 +45,12 @@ def _cross_entropy_forward(logits, target, ignore_index=-100, label_smoothing=0.
                          f"{logits.shape[:-1]}")
     if not 0 <= label_smoothing <= 1:
         raise ConfigError(f"label_smoothing={label_smoothing}; expected a number in [0, 1]")
-    index = flat(target).astype(np.int64)
-    keep = index != ignore_index
-    wrong = keep & ((index < 0) | (index >= classes))
-    if wrong.any():
-        raise IndexError(f"cross_entropy: target {index[wrong][0]} is outside the {classes} classes "
+    index = flat(target).astype(np.int64, copy=False)
+    ignored = np.count_nonzero(index == ignore_index)
+    outside = index.view(np.uint64) >= classes  # negative ones are huge then
+    if np.count_nonzero(outside) > (0 if 0 <= ignore_index < classes else ignored):
+        wrong = index[outside & (index != ignore_index)][0]
+        raise IndexError(f"cross_entropy: target {wrong} is outside the {classes} classes "
                          f"(and is not ignore_index={ignore_index})")
     seen = rows(logits)
     loss, log_sum, top = np.empty(len(seen)), np.empty(len(seen)), np.empty(len(seen), seen.dtype)
@@ -58,7 +59,7 @@ def _cross_entropy_forward(logits, target, ignore_index=-100, label_smoothing=0.
         kernels.cross_entropy_forward.sized(10 * seen.size)(seen, index, top, *settings, loss, log_sum)
     else:
         loss[...] = 0  # without classes every target is ignored
-    value, share = _reduce(loss.reshape(target.shape), reduction, logits.dtype, np.count_nonzero(keep))
+    value, share = _reduce(loss.reshape(target.shape), reduction, logits.dtype, index.size - ignored)
     return value, (seen, index, top, log_sum, settings, share, logits.shape)
 
 

@@ -251,6 +251,8 @@ def _of_one(record, general):
     """``general`` for ops of one input without attributes."""
 
     def call(x):
+        if type(x) is _ndarray:
+            return record.forward(x)[0]
         if not isinstance(x, Tensor):
             return general(x)
         data, saved = record.forward(x.data)
