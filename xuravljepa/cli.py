@@ -170,7 +170,7 @@ def _parser():
     train = add("train", "train a phase: vit, jepa, decoder, agent; or tiny, all of them",
                 description=f"{about}\n\n{phases}")
     train.add_argument("phase", choices=PHASES)
-    add("eval", "measure a model on held-out scenes (training/scripts/evaluate.py)")
+    add("eval", "measure a model on held-out scenes or your own data (training/scripts/evaluate.py)")
     add("make-data", "write generated pictures and a manifest (training/scripts/make_data.py)")
 
     generate = add("generate", "continue a text with a language model", cli_generate.run)
