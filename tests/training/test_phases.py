@@ -9,7 +9,7 @@ from training.data.dataset import Dataset
 from training.data.strange import KINDS, strange_image
 from training.loop import Trainer, TrainerConfig
 from training.parallel import ALONE
-from training.phases import agent, decoder, jepa, pretrain
+from training.phases import agent, decoder, end_to_end, jepa, pretrain
 from training.phases.common import FeatureStore, RowBatches
 from training.phases.objective import Objective, ObjectiveConfig, Training
 from training.progress import read_metrics
@@ -58,6 +58,15 @@ def phase_1(rows, ranks=ALONE):
                                                                     ranks=ranks)
 
 
+def phase_1_end_to_end(rows, ranks=ALONE):
+    sizes = config()
+    model = VLJEPA(sizes.replace(predictor=sizes.predictor.replace(n_salient=0)), rng=np.random.default_rng(0))
+    model.y_decoder.requires_grad_(False)
+    training = Training(model, Objective(ObjectiveConfig(), model))
+    batches = jepa.QuestionBatches(model, rows, end_to_end.PixelStore(model, rows), 4, turns=2, lesson=2, ranks=ranks)
+    return training, end_to_end.answer_loss(), end_to_end.MovedBatches(batches, 0.5, 4, ranks=ranks)
+
+
 def phase_2(rows, ranks=ALONE):
     model = VLJEPA(config(), rng=np.random.default_rng(0))
     model.requires_grad_(False)
@@ -79,14 +88,16 @@ def phase_3_injection(rows, ranks=ALONE):
 def phase_3_monitor(rows, ranks=ALONE):
     model = VLJEPA(config(), rng=np.random.default_rng(0)).requires_grad_(False)
     heads = AgentHeads(AgentConfig.for_model(model.config, tuple(CARDS)), model.config.predictor)
-    found = agent.gather_readings(model, heads, rows, FeatureStore(model, rows))
-    heads.monitor.fit_scale(found["features"])
+    found = monitor.gather_readings(model, heads, rows)
+    readings = monitor.Readings.of(found, rows, "tools")
+    readings.wrong[::3] = 0  # of a random model every answer is wrong
+    heads.monitor.fit_scale(readings.features)
     heads.injector.requires_grad_(False)
     heads.selector.requires_grad_(False)
-    return heads, agent.monitor_objective, agent.ReadingBatches(found["features"], found["wrong"], 8, ranks=ranks)
+    return heads, monitor.monitor_objective, monitor.ReadingBatches(readings, 8, heads.monitor.config.hidden)
 
 
-PHASES = [phase_0, phase_1, phase_2, phase_3_injection, phase_3_monitor]
+PHASES = [phase_0, phase_1, phase_1_end_to_end, phase_2, phase_3_injection, phase_3_monitor]
 
 
 def train(phase, rows, folder, steps=6, stop_at=None, resume=False, ranks=ALONE):

@@ -4,12 +4,11 @@ Pictures stay as pixels, moved a little at every step where asked for, and each 
 back.  That costs as much again as the predictor, so it is for thousands of small pictures, not for millions.
 """
 
-import functools
-
 import numpy as np
 
+from training.parallel import ALONE
 from training.phases import jepa
-from training.phases.common import PictureStore, row_picture
+from training.phases.common import PictureStore, generator, row_picture
 from xuracore.errors import ConfigError
 from xuravljepa import image as images
 
@@ -47,37 +46,57 @@ class PixelStore(PictureStore):
         return lambda rows: model.visual_tokens(self(rows))
 
 
-def answer_loss(gate_weight=0.01, augment=0.0):
-    """As ``jepa.answer_loss``, for batches whose "visual" are pixels.   augment : see ``moved``."""
+class MovedBatches:
+    """The batches of ``jepa.QuestionBatches`` over a PixelStore, each picture turned, scaled and shifted a little.
+
+    With strength 1 by up to 12 degrees, a tenth, and an eighth of the side; anew for each step, as a pure function of
+    (seed, step).  Nothing is mirrored: texts and digits, and many answers, would not survive it.   batch_size : of
+    whole batches.   ranks : those that share them; what happens to a picture does not depend on who has it.
+    """
+
+    def __init__(self, batches, strength, batch_size, seed=0, ranks=ALONE):
+        self._batches, self._strength, self._size, self._seed = batches, strength, batch_size, seed
+        self._part = ranks.part(batch_size)
+
+    def __len__(self):
+        return len(self._batches)
+
+    def batch(self, step):
+        """As ``jepa.QuestionBatches`` gives it."""
+        batch = self._batches.batch(step)
+        moves = generator(self._seed, 3, step).uniform(-self._strength, self._strength, (4, self._size))[:, self._part]
+        first, *later = batch["turns"]
+        return {**batch, "turns": [{**first, "visual": moved(first["visual"], moves)}, *later]}
+
+
+def answer_loss(gate_weight=0.01):
+    """As ``jepa.answer_loss``, for batches whose "visual" are pixels."""
     loss = jepa.answer_loss(gate_weight)
-    loss.features = functools.partial(features, augment=augment)
+    loss.features = features
     return loss
 
 
-def features(training, batch, rng=None, augment=0.0):
+def features(training, batch, rng=None):
     """As ``jepa.features``: the X-Encoder reads the pixels of the first turn."""
     first, *later = batch["turns"]
-    pixels = moved(first["visual"], rng, augment) if augment and rng is not None else first["visual"]
-    visual = training.model.x_encoder(pixels)
+    visual = training.model.x_encoder(first["visual"])
     return jepa.features(training, {**batch, "turns": [{**first, "visual": visual}, *later]}, rng)
 
 
-def moved(pixels, rng, strength=1.0):
-    """Pictures (B, 3, S, S) turned, scaled and shifted a little, each in its own way; the border is drawn out.
+def moved(pixels, moves):
+    """Pictures (B, 3, S, S), each turned, scaled, and shifted down and right as ``moves`` (4, B) says, in -1 … 1.
 
-    With strength 1 by up to 12 degrees, a tenth, and an eighth of the side.  Bilinear.  Nothing is mirrored: texts
-    and digits, and many answers, would not survive it.
+    Bilinear; beyond the border stands what is on it.
     """
-    count, _, height, width = pixels.shape
-    angle, scale = strength * rng.uniform(-1, 1, (2, count, 1, 1)) * np.array([_TURN, _SCALE]).reshape(2, 1, 1, 1)
-    down, right = strength * _SHIFT * rng.uniform(-1, 1, (2, count, 1, 1))
+    height, width = pixels.shape[2:]
+    angle, scale, down, right = (moves * np.array([[_TURN], [_SCALE], [_SHIFT], [_SHIFT]]))[:, :, None, None]
     y, x = np.meshgrid(np.arange(height) - (height - 1) / 2, np.arange(width) - (width - 1) / 2, indexing="ij")
     cosine, sine = np.cos(angle) * np.exp(-scale), np.sin(angle) * np.exp(-scale)
     rows = np.clip(cosine * y - sine * x + down * height + (height - 1) / 2, 0, height - 1)
     columns = np.clip(sine * y + cosine * x + right * width + (width - 1) / 2, 0, width - 1)
     top, left = (np.minimum(np.floor(at).astype(np.int64), side - 2) for at, side in ((rows, height), (columns, width)))
     below, beside = (part[:, None].astype(pixels.dtype) for part in (rows - top, columns - left))
-    picture, channel = np.arange(count)[:, None, None, None], np.arange(3)[:, None, None]
+    picture, channel = np.arange(len(pixels))[:, None, None, None], np.arange(3)[:, None, None]
 
     def at(i, j):
         return pixels[picture, channel, (top + i)[:, None], (left + j)[:, None]]

@@ -65,14 +65,15 @@ def pixels_of(rows):
 
 
 @no_grad()
-def features_of(model, rows, batch_size=256):
-    """(n, 2 d): [CLS] and the mean of the patches from the model's X-Encoder."""
+def features_of(model, rows, whole, batch_size=256):
+    """What the model's X-Encoder says: all tokens (n, tokens · d), or [CLS] and the mean of the patches (n, 2 d)."""
     found = []
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
         pixels = [images.prepare(row_picture(row), model.config.preprocessing) for row in chosen]
         tokens = model.visual_tokens(np.stack(pixels))
-        found.append(np.hstack([tokens[:, 0], tokens[:, 1:].mean(axis=1)]))
+        pooled = np.hstack([tokens[:, 0], tokens[:, 1:].mean(axis=1)])
+        found.append(tokens.reshape(len(tokens), -1) if whole else pooled)
     return np.concatenate(found)
 
 
@@ -84,10 +85,10 @@ def measure(folder, model_folder, resamples=1000):
     model = VLJEPA.from_pretrained(model_folder)
     said = {"VL-JEPA, X-Encoder trained": np.array([model.answer(row.image, row.query) for row in unseen])}
     inputs = {"linear probe on pixels": pixels_of,
-              "linear probe on this X-Encoder, frozen": lambda r: features_of(model, r)}
+              "linear probe on the tokens of this X-Encoder": lambda rows: features_of(model, rows, True)}
     if (SHIPPED / "tiny" / "model.safetensors").exists():
         tiny = VLJEPA.from_pretrained("tiny")  # has seen generated scenes alone
-        inputs["linear probe on the shipped X-Encoder, frozen"] = lambda r: features_of(tiny, r)
+        inputs["linear probe on the shipped X-Encoder, frozen"] = lambda rows: features_of(tiny, rows, False)
     for name, function in inputs.items():
         said[name] = probe.fit_best(function(known), labels).classes(function(unseen))
     result = {}

@@ -226,7 +226,7 @@ def main(argv=None):
         train_rows, held_rows = arguments.leave_out_long(model, bad, train_rows, held_rows)
     if args.train_encoder:
         pictures = end_to_end.PixelStore(model, [*train_rows, *held_rows], bad)
-        seen, answer_loss = pictures.tokens_of(model), end_to_end.answer_loss(args.angn_reg_weight, args.augment)
+        seen, answer_loss = pictures.tokens_of(model), end_to_end.answer_loss(args.angn_reg_weight)
     else:
         pictures = seen = FeatureStore(model, [*train_rows, *held_rows], cache=args.feature_cache, bad=bad,
                                        report=options.counter(args, "pictures encoded"), ranks=args._ranks)
@@ -239,6 +239,8 @@ def main(argv=None):
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
     batches = jepa.QuestionBatches(model, train_rows, pictures, options.whole_batch(args), args.seed, args.turns,
                                    lesson, typos=args.typos, ranks=args._ranks)
+    if args.augment:
+        batches = end_to_end.MovedBatches(batches, args.augment, options.whole_batch(args), args.seed, args._ranks)
     steps = max(1, args.epochs * len(batches) // args.accumulate) if args.epochs else args.steps
     steps = steps or args._defaults["steps"]
     settings = objective_config(args, len(answers), steps)
