@@ -41,8 +41,8 @@ def rules(questions):
         return lambda watched: streams.online(watched, SelectiveConfig(**settings))
 
     usual = SelectiveConfig().drift
-    drifts = {f"online, drift {d / questions:.2g}" + " (default)" * (d / questions == usual): online(drift=d / questions)
-              for d in DRIFTS}  # fmt: skip
+    drifts = {f"online, drift {d:.2g}" + " (default)" * (d == usual): online(drift=d)
+              for d in (drift / questions for drift in DRIFTS)}  # fmt: skip
     rates = {f"online, rate {100 * rate:g} in 100": online(drift=usual / questions, target_rate=rate)
              for rate in RATES}  # fmt: skip
     return {

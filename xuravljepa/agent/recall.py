@@ -1,7 +1,7 @@
 """What the agent saw, asked afterwards: frames become memories, and a memory's picture can be asked anything.
 
-A frame's key is the X-Encoder's [CLS] token (``sight``): with the shipped model noise moves it by a cosine distance under
-0.002, a scene that lost one object by more than 0.1.  A question is not compared with keys: it is put to the
+A frame's key is the X-Encoder's [CLS] token (``sight``): with the shipped model noise moves it by a cosine
+distance under 0.002, a scene that lost one object by more than 0.1.  A question is not compared with keys: it is put to the
 remembered pictures themselves, which gives the answer that it would have had then.
 """
 
@@ -120,7 +120,7 @@ def recall(agent, question, k=5, since=None, until=None, like=None):
         except FormatError as error:
             warnings.warn(f"a memory is lost: {error}", stacklevel=3)
             continue
-        visual = agent.model.visual_tokens(agent.model.pixels(picture))
+        visual = agent.view(agent.model.pixels(picture))
         reading, confidence = agent.glance(query, visual)
         recollections.append(Recollection(memory, reading.answer, confidence, similarity))
     return recollections
