@@ -32,7 +32,7 @@ def test_an_encoder_learns_from_a_folder_and_bad_pictures_are_listed(classes, tm
     arguments = ["--data-dir", str(classes), "--output-dir", str(out), *SHORT, *NEW, "--augment", "1"]
     with pytest.raises(FormatError, match="1 of 10 rows are bad, more than max_bad_fraction=0.0"):
         train_jepa.main(arguments)
-    assert not (out / "model").exists()
+    assert not (out / "model").exists() and "9.png" in (out / "bad_samples.jsonl").read_text()
     assert train_jepa.main([*arguments, "--max-bad-fraction", "0.1"]) == 0
     said = capsys.readouterr().err
     assert "a folder of pictures, 10 pictures; 10 questions" in said and "1 bad rows were left out" in said

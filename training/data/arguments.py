@@ -27,13 +27,17 @@ def add_data_options(parser):
                        help="of rows that may be bad: they are reported and left out (default 0: none)")
 
 
-def open_from(args, split=None, say=None):
-    """The Dataset at ``args.data_dir``; errors as in ``open_dataset``."""
+def open_from(args, folder=None, split=None, say=None):
+    """The Dataset at ``args.data_dir``; errors as in ``open_dataset``.
+
+    folder : gets the list of bad rows if there are too many.
+    """
     separator = {"\\t": "\t", "tab": "\t"}.get(args.csv_separator, args.csv_separator)
     settings = Settings(Path(args.data_images) if args.data_images else None, args.data_question, args.csv_img_key,
                         args.csv_caption_key, args.csv_query_key, args.csv_answer_key, separator)
+    listing = Path(folder) / BAD_SAMPLES if folder is not None else None
     return open_dataset(args.data_dir, args.data_format, split=split, max_bad_fraction=args.max_bad_fraction,
-                        settings=settings, say=say)
+                        settings=settings, say=say, listing=listing)
 
 
 def leave_out_long(model, bad, *parts):
@@ -59,7 +63,6 @@ def report_bad(bad, folder, quiet=False):
         path = Path(folder) / BAD_SAMPLES
         path.unlink(missing_ok=True)  # of an earlier run
         if bad.count:
-            path.parent.mkdir(parents=True, exist_ok=True)
             bad.save(path)
     if bad.count and not quiet:
         where = f" (all in {path})" if folder is not None else ""

@@ -40,12 +40,12 @@ class BadRows:
     """The entries of a data set that were left out.
 
     ``rows`` are the first of them, ``count`` is the number of all, ``path`` names the data set; ``max_fraction`` of
-    all its entries may be bad.
+    all its entries may be bad.   listing : a file that gets them all when there are too many.
     """
 
-    def __init__(self, path, max_fraction=0.0):
+    def __init__(self, path, max_fraction=0.0, listing=None):
         require(0 <= max_fraction <= 1, f"max_bad_fraction is {max_fraction}; expected a share from 0 to 1")
-        self.path, self.max_fraction, self.rows, self.count = path, max_fraction, [], 0
+        self.path, self.max_fraction, self.listing, self.rows, self.count = path, max_fraction, listing, [], 0
 
     def add(self, file, line, reason):
         """Leave out one entry."""
@@ -68,15 +68,19 @@ class BadRows:
         total = good + self.count
         if total == 0:
             raise FormatError("the data set has no rows", self.path)
-        if self.count > self.max_fraction * total:
-            raise FormatError(f"{self.count} of {total} rows are bad, more than "
-                              f"max_bad_fraction={self.max_fraction} allows:\n{self.report(_SHOWN)}", self.path)
-        if not good:
-            raise FormatError(f"none of the {total} rows can be used:\n{self.report(_SHOWN)}", self.path)
+        if good and self.count <= self.max_fraction * total:
+            return
+        if self.listing is not None:
+            self.save(self.listing)
+        what = (f"{self.count} of {total} rows are bad, more than max_bad_fraction={self.max_fraction} allows"
+                if self.count > self.max_fraction * total else f"none of the {total} rows can be used")
+        where = f" (all in {self.listing})" if self.listing is not None else ""
+        raise FormatError(f"{what}{where}:\n{self.report(_SHOWN)}", self.path)
 
     def save(self, path):
         """Write them as JSON lines: file, line, reason; the last line counts those beyond ``KEPT``."""
         lines = [json.dumps(asdict(row), ensure_ascii=False) for row in self.rows]
         if self.count > len(self.rows):
             lines.append(json.dumps({"more": self.count - len(self.rows)}))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(Path(path), [(line + "\n").encode("utf-8", "backslashreplace") for line in lines])

@@ -104,17 +104,18 @@ class Dataset:
         return digest.hexdigest()
 
 
-def open_dataset(path, format="auto", *, split=None, max_bad_fraction=0.0, settings=Settings(), say=None):
+def open_dataset(path, format="auto", *, split=None, max_bad_fraction=0.0, settings=Settings(), say=None, listing=None):
     """The Dataset that lies at ``path``: a folder, a file, or a pattern of archives.
 
     format : one of readers.FORMATS; "auto" looks at what is there.   split : rows of that split alone.
     settings : a readers.settings.Settings.   say : called with what was found, in words.
+    listing : a file that gets the bad rows if there are too many.
 
     Raises FormatError for what cannot be read, or with more bad rows than ``max_bad_fraction`` of all; ConfigError
     where several formats are there, for columns that are not, and when no row has the split.
     """
     format, files = detect(path, format)
-    bad = BadRows(path, max_bad_fraction)
+    bad = BadRows(path, max_bad_fraction, listing)
     found = tuple(samples(READERS[format].entries(files, settings), bad, READERS[format].ONE_ANSWER))
     if say is not None:
         say(f"{path}: {READERS[format].TITLE}, {_summary(found)}")

@@ -207,7 +207,8 @@ def main(argv=None):
     agent = Agent.from_pretrained(args.model)
     if args.data_dir:
         chosen = material.own(args.data_dir, args.split, args.limit,
-                              arguments.open_from(args, say=lambda text: options.say(args, text)))
+                              arguments.open_from(args, Path(args.json).parent if args.json else None,
+                                                  say=lambda text: options.say(args, text)))
     else:
         options.say(args, f"no --data-dir: generating {args.scenes} test scenes (seed {args.data_seed})")
         chosen = material.generated(args.scenes, args.data_seed)

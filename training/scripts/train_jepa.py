@@ -39,7 +39,8 @@ NUMBERS = tuple(str(n) for n in range(31))
 
 def own_data(args):
     """(training rows, validation rows, a BadRows) of --data-dir."""
-    data = arguments.open_from(args, say=lambda text: options.say(args, text))
+    data = arguments.open_from(args, args.output_dir if args._ranks.leads else None,
+                               say=lambda text: options.say(args, text))
     rows = [row for row in data.rows if row.image is not None and (row.query and row.answer or row.caption)]
     if len(rows) < len(data.rows):
         options.say(args, f"{len(data.rows) - len(rows)} rows without a picture, or with nothing to say, are not used")
