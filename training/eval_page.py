@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, confidence, short, spread
+from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, blind, confidence, short, spread
 from training.phases.common import generator, row_picture
 from xuravljepa.agent.trace import printable
 from xuravljepa.image import read_rgb
@@ -39,7 +39,7 @@ def write_html(path, result, answers=None):
 def html_page(result, answers=None):
     """The page as text; see ``write_html``."""
     about = result["about"]
-    title = f"How well {Path(about['model']['name']).name or about['model']['name']} answers"
+    title = f"How well {_model_name(about['model']['name'])} answers"
     measured = {name: part for name, part in result.items() if name != "about" and "skipped" not in part}
     sections = [_tiles(measured), _alarms(measured)]
     if "answers" in measured:
@@ -75,6 +75,12 @@ def html_page(result, answers=None):
 </body>
 </html>
 """
+
+
+def _model_name(folder):
+    """tiny; of runs/jepa/model, jepa."""
+    parts = [part for part in Path(folder).parts if part != "model"]
+    return parts[-1] if parts else "the model"
 
 
 def _text(value):
@@ -138,10 +144,10 @@ def _tiles(measured):
 
 
 def _alarms(measured):
-    if "health" not in measured:
-        return ""
-    alarms = measured["health"]["alarms"]
-    if alarms:
+    found = measured.get("answers", {}).get("blind", [])
+    alarms = [blind(found)] if found else []
+    alarms = [text[:1].upper() + text[1:] for text in alarms + measured.get("health", {}).get("alarms", [])]
+    if alarms or "health" not in measured:
         return "".join(f'<p class="alarm"><b>Alarm</b> {_text(alarm)}.</p>' for alarm in alarms)
     rank = measured["health"]["predictor"]
     return (f'<p class="well"><b>No alarm</b> The predicted embeddings span {rank["rank"]["value"]:.1f} of '
@@ -420,8 +426,9 @@ small { color: var(--soft); font-size: .75rem; font-weight: 400; }
 .alarm b { color: var(--guess); margin-right: .4rem; }
 .well { border-left-color: var(--sure); }
 .well b { color: var(--sure); margin-right: .4rem; }
-.columns { columns: 2 29rem; column-gap: 1.2rem; }
-.columns section { break-inside: avoid; display: inline-block; width: 100%; padding: 1rem 1.1rem; }
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(29rem, 100%), 1fr)); gap: 1.2rem;
+  align-items: start; margin-top: 1.2rem; }
+.columns section { margin: 0; padding: 1rem 1.1rem; min-width: 0; }
 .columns td small, .columns th small { display: block; margin: 0; }
 .columns td, .columns th { padding-left: .35rem; padding-right: .35rem; }
 .wide { overflow-x: auto; }

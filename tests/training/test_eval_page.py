@@ -107,7 +107,7 @@ def test_generated_scenes_with_all_controls(folder, tmp_path, monkeypatch, capsy
     result, page = run(folder, tmp_path, "--scenes", 6, "--only", "scenes", "health")
     assert set(result) == {"about", "answers", "health"}
     cells = result["answers"]["types"]["all"]
-    assert set(cells) == {"accuracy", "prior", "shuffled", "permuted", "paraphrase", "ood", "corrupt"}
+    assert set(cells) == {"accuracy", "prior", "shuffled", "gain", "permuted", "paraphrase", "ood", "corrupt"}
     assert "Sort-of-CLEVR" in page and "cannot be compared" in capsys.readouterr().out
     Checked(page)
 
@@ -175,7 +175,8 @@ def test_nothing_in_the_data_becomes_markup_and_nothing_is_loaded():
 def test_nothing_in_the_data_moves_the_cursor():
     cell = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 2, "pictures": 2}
     answers = {"types": {"all": {"accuracy": cell}, HOSTILE: {"accuracy": cell}}, "controls": {"reordered": 0.0},
-               "confidence": {"judge": "x", "mean": 0.5, "auroc": None, "ece": 0.1}, "unknown": 0}
+               "confidence": {"judge": "x", "mean": 0.5, "auroc": None, "ece": 0.1}, "unknown": 0,
+               "blind": [HOSTILE]}
     said = tables.text({"about": about(), "answers": answers, "retrieval": {"skipped": HOSTILE}})
     assert "\x1b" not in said and "50.0 [40.0, 60.0]" in said
 
@@ -186,6 +187,7 @@ def test_alarms_stand_on_the_page():
     found = {"predictor": row, "y_encoder": row, "x_encoder": row, "alignment": {"value": 1.0}, "alarms": [HOSTILE]}
     page = eval_page.html_page({"about": about(), "health": found})
     assert page.count('class="alarm"') == 1 and "No alarm" not in page
+    assert eval_page._model_name("runs/jepa/model") == "jepa" and eval_page._model_name("tiny") == "tiny"
     assert "No alarm" in eval_page.html_page({"about": about(), "health": {**found, "alarms": []}})
 
 

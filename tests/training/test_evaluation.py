@@ -13,6 +13,7 @@ from training.data.questions import SceneTables, questions
 from training.data.scenes import SceneObject, scene
 from training.evaluation import answers, classes, health, material, retrieval
 from training.evaluation.answering import Intervals, ask_each, by_type, other_pictures, picture_numbers, read, score
+from training.evaluation.tables import blind
 from training.phases.common import image_key
 from xuracore.errors import ConfigError, FormatError
 
@@ -102,6 +103,7 @@ def test_who_sees_is_right_and_who_is_shown_another_picture_is_not():
     report, said = answers.measure(Seer(ROWS), MATERIAL, keys, INTERVALS)
     cells = report["types"]["all"]
     assert cells["accuracy"]["value"] == 1 and cells["accuracy"]["low"] < 0.95 and cells["accuracy"]["high"] == 1
+    assert cells["gain"]["value"] == 1 - cells["shuffled"]["value"] and not report["blind"]
     for control in ("shuffled", "permuted", "prior"):
         assert cells[control]["value"] < 0.45, control
         assert cells[control]["low"] <= cells[control]["value"] <= cells[control]["high"]
@@ -114,6 +116,16 @@ def test_who_says_one_thing_always_gets_the_same_shown_any_picture():
     cells = answers.measure(model, MATERIAL, keys, INTERVALS)[0]["types"]["all"]
     share = np.mean([row.answer == "1" for row in ROWS])
     assert cells["accuracy"]["value"] == cells["shuffled"]["value"] == cells["permuted"]["value"] == share
+    assert cells["gain"]["value"] == 0
+
+
+def test_an_alarm_is_raised_where_the_picture_adds_nothing():
+    seen = [replace(row, answer="1") if row.type == "kind 2" else row for row in ROWS]
+    report, _ = answers.measure(Seer(seen), MATERIAL, keys, INTERVALS)
+    assert report["blind"] == ["kind 2"]
+    assert "kind 2" in blind(report["blind"])
+    few = material.Material("few", ROWS[:40], ROWS[40:])
+    assert answers.measure(Seer(seen), few, keys, INTERVALS)[0]["blind"] == []
 
 
 def test_a_model_that_goes_by_the_order_of_candidates_is_found_out():

@@ -3,7 +3,7 @@
 Controls, all on the same questions:
 
 - prior: the best guess from the question's words alone, learned by counting;
-- shuffled: the model is shown another picture; it must fall to the prior;
+- shuffled: the model is shown another picture; it must fall to the prior.  gain is what its own picture adds;
 - permuted: its answers are held against those of other questions of the type; agreement by chance;
 - reordered: the candidates are encoded and listed in another order; no answer may change.
 """
@@ -28,11 +28,14 @@ NOT_COMPARABLE = (
     "are asked.")
 
 
+FEW = 20  # questions of a type, below which nothing is said against it
+
+
 def measure(model, material, features, intervals, heads=None, report=None):
     """(report, Answers to the test rows).
 
     The report: {"types": {group: {column: cell}}, "controls": {…}, "confidence": {…}, "sort_of_clevr": …,
-    "confusion": …, "unknown": n}.
+    "confusion": …, "unknown": n, "blind": [groups that are no better on their own picture than on another]}.
     """
     seed, rows = intervals.seed, material.rows
     test = read(model, rows, features, heads=heads, report=report)
@@ -42,6 +45,7 @@ def measure(model, material, features, intervals, heads=None, report=None):
     columns["prior"] = rows, [score(text, row) for text, row in zip(guessed, rows)]
     if len(np.unique(test.pictures)) > 1:
         columns["shuffled"] = rows, read(model, rows, features, other_pictures(rows, seed)).right
+        columns["gain"] = rows, test.right - columns["shuffled"][1]
     columns["permuted"] = rows, _permuted(test, seed)
     for name, others in material.splits.items():
         columns[name] = others, read(model, others, features).right
@@ -56,6 +60,8 @@ def measure(model, material, features, intervals, heads=None, report=None):
         "confidence": confidence(test, "the largest softmax probability" if heads is None else "the monitor"),
         "unknown": sum(not known.intersection(row.answers) and not row.choices for row in rows),
         "confusion": confusion(test),
+        "blind": [name for name in names if "gain" in cells and cells["gain"][name]["low"] <= 0
+                  and cells["gain"][name]["count"] >= FEW],
     }
     if material.generated:
         result["sort_of_clevr"] = sort_of_clevr(test, columns, intervals)

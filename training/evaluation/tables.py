@@ -53,6 +53,8 @@ def answers(found):
         lines.append(f"{short(kind):{width}s}{cells['accuracy']['count']:9d}  {percent(cells['accuracy']):>18s}{rest}")
     lines.append(f"{ORDER_SENTENCE}: {100 * found['controls']['reordered']:.2f} %")
     lines.append(confidence(found["confidence"]))
+    if found["blind"]:
+        lines.append(f"ALARM: {blind(found['blind'])}")
     if found["unknown"]:
         lines.append(f"{found['unknown']} questions have an answer the model was never taught, and cannot give")
     if "sort_of_clevr" in found:
@@ -65,6 +67,13 @@ def confidence(found):
     auroc = "" if found["auroc"] is None else f", AUROC {found['auroc']:.3f}"
     return (f"Confidence, by {found['judge']}: {100 * found['mean']:.1f} % on average, calibration error "
             f"{found['ece']:.3f}{auroc}")
+
+
+def blind(groups):
+    """What is to be said of groups that are answered as well without their picture."""
+    names = ", ".join(short(name.replace("_", " ")) for name in groups)
+    return (f"shown another picture, the model is right as often, as far as can be told, on: {names}. Those answers need "
+            f"not come from the picture")
 
 
 def sort_of_clevr(found):
