@@ -1,8 +1,8 @@
 """What the agent saw, asked afterwards: frames become memories, and a memory's picture can be asked anything.
 
 A frame's key is the X-Encoder's [CLS] token (``sight``): with the shipped model noise moves it by a cosine
-distance under 0.002, a scene that lost one object by more than 0.1.  A question is not compared with keys: it is put to the
-remembered pictures themselves, which gives the answer that it would have had then.
+distance under 0.002, a scene that lost one object by more than 0.1.  A question is not compared with keys: it is
+put to the remembered pictures themselves, which gives the answer that it would have had then.
 """
 
 import dataclasses
