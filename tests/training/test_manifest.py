@@ -127,10 +127,20 @@ def test_missing_pictures_are_reported_unless_asked_not_to(folder):
     ({**GOOD, "tool": "lookup"}, "object"), ({**GOOD, "tool": {"arguments": {}}}, "name"),
     ({**GOOD, "tool": {"name": "a", "args": {}}}, "'args'"), ({**GOOD, "meta": 3}, "object"),
     ({**GOOD, "question": "again?"}, "another name"), ({**GOOD, "id": "line-1"}, "taken"),
-    ({**GOOD, "query": "\ud800"}, "surrogate"),
+    ({**GOOD, "query": "\ud800"}, "surrogate"), (b'{"caption": "c", "caption": "d"}', "appears twice"),
+    ({**GOOD, "answer": "dog"}, "contradicts 'cat', given for the same picture and question in manifest.jsonl:1"),
+    ({"query": "What  is it?", "answer": "dog"}, "contradicts"),
     (b'{"caption": "' + b"x" * MAX_LINE_BYTES + b'"}', "longer than")], ids=lambda value: str(value)[:30])
 def test_a_bad_row_is_reported_with_its_reason(folder, row, words):
     assert words in reason(folder, row)
+
+
+@pytest.mark.parametrize("row", [
+    {**GOOD}, {**GOOD, "answers": ["cat", "kitten"]}, {**GOOD, "answer": "kitten", "answers": ["kitten", "cat"]},
+    {**GOOD, "answer": "dog", "split": "val"}, {**GOOD, "answer": "dog", "image": "pictures/cat.png"},
+    {**GOOD, "answer": "dog", "tool": {"name": "lookup"}}])
+def test_other_answers_that_are_no_contradiction(folder, row):
+    assert len(read_manifest(write(folder, GOOD, row)).samples) == 2
 
 
 def test_after_an_overlong_line_the_numbers_still_hold(folder):

@@ -35,7 +35,7 @@ def test_an_encoder_learns_from_a_folder_and_bad_pictures_are_listed(classes, tm
     assert not (out / "model").exists() and "9.png" in (out / "bad_samples.jsonl").read_text()
     assert train_jepa.main([*arguments, "--max-bad-fraction", "0.1"]) == 0
     said = capsys.readouterr().err
-    assert "a folder of pictures, 10 pictures; 10 questions" in said and "1 bad rows were left out" in said
+    assert "a folder of pictures, 10 pictures; 10 questions with 2 different answers" in said and "1 bad rows were left out" in said
     (row,) = map(json.loads, (out / "bad_samples.jsonl").read_text().splitlines())
     assert row["file"] == str(classes / "square" / "9.png") and "truncated" in row["reason"]
     model = VLJEPA.from_pretrained(out / "model")

@@ -131,7 +131,8 @@ def _summary(rows):
     """What there is, in words."""
     pictures = len({str(row.image) for row in rows if row.image is not None})
     asked = sum(row.query is not None for row in rows)
-    parts = [f"{pictures:,} pictures", f"{asked:,} questions" * bool(asked),
+    answers = len({row.answer for row in rows if row.answer is not None})
+    parts = [f"{pictures:,} pictures", f"{asked:,} questions with {answers:,} different answers" * bool(asked),
              f"{sum(row.caption is not None for row in rows):,} captions" * any(row.caption for row in rows)]
     splits = Counter(row.split or "no split" for row in rows)
     parts.append("splits " + ", ".join(f"{name} {count:,}" for name, count in sorted(splits.items())))
