@@ -27,13 +27,19 @@ class TwoPass:
     joint(model, features, batches) → (loss, metrics): ``features`` as above with the rows of all
         ``batches`` one after the other.  What it uses of the model beside them gets its gradient here.
     share(batch) → the part of a batch that ``joint`` looks at, as JSON data, for the other ranks.
+    own(model, features, batch, batches) → (loss or None, metrics): a part of the loss that needs the features of
+        this ``batch`` alone, so that no rank computes another's.  Both add up over all ``batches``.
     """
 
-    def __init__(self, features, joint, share=None):
+    def __init__(self, features, joint, share=None, own=None):
         self.features, self.joint, self.share = features, joint, share
+        self.own = own or (lambda model, features, batch, batches: (None, {}))
 
     def __call__(self, model, batch, rng):
-        return self.joint(model, self.features(model, batch, rng), [batch])
+        features = self.features(model, batch, rng)
+        loss, metrics = self.joint(model, features, [batch])
+        part, more = self.own(model, features, batch, [batch])
+        return loss if part is None else loss + part, {**metrics, **more}
 
     def accumulate(self, model, batches, rngs, ranks=ALONE):
         """Add the gradient of the joint loss to the parameters; returns (loss as float, metrics).
@@ -52,28 +58,34 @@ class TwoPass:
                 with xc.no_grad():
                     found.append([feature.data for feature in self.features(model, batch, rng())])
         rows = [np.concatenate(parts) for parts in zip(*found)]
-        loss, metrics, cotangents = self._joint_gradient(model, rows, batches, ranks)
+        loss, metrics, everything, cotangents = self._joint_gradient(model, rows, batches, ranks)
         if cotangents is None:
-            return loss, metrics
-        if live is not None:
-            _send_back(live, cotangents)
             return loss, metrics
         start = [0] * len(rows)
         for batch, rng, state, parts in zip(batches, rngs, states, found):
-            for name, generator in generators.items():
-                restore_generator(generator, state[name])
+            features = live
+            if live is None:
+                for name, generator in generators.items():
+                    restore_generator(generator, state[name])
+                features = self.features(model, batch, rng())
             stop = [first + len(part) for first, part in zip(start, parts)]
-            own = [None if c is None else c[i:j] for c, i, j in zip(cotangents, start, stop)]
-            _send_back(self.features(model, batch, rng()), own)
+            total = _weighted_sum(features, [None if c is None else c[i:j] for c, i, j in zip(cotangents, start, stop)])
             start = stop
+            part, more = self.own(model, features, batch, everything)
+            if part is not None:
+                part = part * float(ranks.size)
+                loss, total = loss + part.item(), part if total is None else total + part
+            metrics.update({name: metrics.get(name, 0.0) + ranks.size * value for name, value in more.items()})
+            if total is not None:
+                total.backward()
         return loss, metrics
 
     def _joint_gradient(self, model, rows, batches, ranks):
-        """(loss, metrics, gradient of this rank's ``rows``: one array or None per feature).
+        """(loss, metrics, what all ranks share of their batches, gradient of this rank's ``rows``).
 
-        The last is None where the loss is not finite.  It is ``ranks.size`` times the derivative, since the
-        mean over the ranks shall be that of the parameters which the joint loss itself uses: each rank has
-        all of those, and only its own part of these.
+        The last has an array or None per feature, and is None where the loss is not finite.  It is
+        ``ranks.size`` times the derivative, since the mean over the ranks shall be that of the parameters which
+        the joint loss itself uses: each rank has all of those, and only its own part of these.
         """
         start = [0] * len(rows)
         if ranks.size > 1:
@@ -85,20 +97,19 @@ class TwoPass:
         leaves = [xc.Tensor(ranks.gather_rows(part), requires_grad=True) for part in rows]
         loss, metrics = self.joint(model, tuple(leaves), batches)
         if not np.isfinite(loss.data):
-            return loss.item(), metrics, None
+            return loss.item(), metrics, batches, None
         loss.backward()
-        return loss.item(), metrics, [
+        return loss.item(), dict(metrics), batches, [
             None if leaf.grad is None else leaf.grad[first : first + len(part)] * ranks.size
             for leaf, first, part in zip(leaves, start, rows)
         ]
 
 
-def _send_back(features, cotangents):
-    """Backward through all features at once."""
+def _weighted_sum(features, cotangents):
+    """The Tensor whose gradient with respect to the features are the cotangents; None if none is wanted."""
     total = None
     for feature, cotangent in zip(features, cotangents):
         if feature.requires_grad and cotangent is not None:
             part = ops.sum(feature * cotangent)
             total = part if total is None else total + part
-    if total is not None:
-        total.backward()
+    return total

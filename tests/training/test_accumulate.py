@@ -38,6 +38,13 @@ class Pairs:
                 "y": rng.standard_normal((4, 4)).astype(np.float32)}  # fmt: skip
 
 
+def own(model, found, batch, batches):
+    """A part of a mean over all batches, weighted by the rows of each, that no other batch takes part in."""
+    share = len(batch["x"]) / sum(len(each["x"]) for each in batches)
+    loss = (found[0] * found[0] * model.log_scale).mean() * share
+    return loss, {"own": loss.item()}
+
+
 def rng_of(index):
     return lambda: np.random.default_rng([9, index])
 
@@ -49,14 +56,27 @@ def gradients(model):
 def test_two_passes_are_one_large_batch():
     batches = [Pairs().batch(i) for i in range(3)]
     small, large = Towers(), Towers()
-    loss, metrics = TwoPass(features, joint).accumulate(small, batches, [rng_of(i) for i in range(3)])
+    loss, metrics = TwoPass(features, joint, own=own).accumulate(small, batches, [rng_of(i) for i in range(3)])
 
     parts = [features(large, batch, rng_of(i)()) for i, batch in enumerate(batches)]
     whole, _ = joint(large, tuple(ops.concatenate(*rows) for rows in zip(*parts)), batches)
-    whole.backward()
-    assert loss == pytest.approx(whole.item(), rel=1e-6) and metrics == {"rows": 12}
+    alone = (ops.concatenate(*(p for p, _ in parts)) ** 2 * large.log_scale).mean()
+    (whole + alone).backward()
+    assert loss == pytest.approx(whole.item() + alone.item(), rel=1e-6)
+    assert metrics == {"rows": 12, "own": pytest.approx(alone.item())}
     for name, expected in gradients(large).items():
         np.testing.assert_allclose(gradients(small)[name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_one_batch_in_one_pass_is_the_same_as_in_two():
+    one, two = Towers(), Towers()
+    batch, loss = Pairs().batch(0), TwoPass(features, joint, own=own)
+    value, metrics = loss(one, batch, rng_of(0)())
+    value.backward()
+    again, told = loss.accumulate(two, [batch], [rng_of(0)])
+    assert again == pytest.approx(value.item(), rel=1e-6) and told == metrics
+    for name, expected in gradients(one).items():
+        np.testing.assert_allclose(gradients(two)[name], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_dropout_goes_on_where_one_pass_would_have_left_it():

@@ -174,20 +174,12 @@ def features(training, batch, rng=None):
 def joint(training, predicted, batches, gate_weight=0.01):
     """(loss, metrics) of the predictions of all ``batches``, each the others' negatives.
 
-    Captions are also to be written by the Y-Decoder, from the prediction: to tell a picture from those of a batch
-    takes less than to describe it.   metrics : "accuracy" over all answers at hand, "first" of the first turns
-    alone, "gate" of the last batch, "scale", "words" (cross-entropy of the captions' bytes), and those of the
-    Objective.
+    metrics : "accuracy" over all answers at hand, "first" of the first turns alone, "gate" of the last batch,
+    "scale", and those of the Objective.
     """
     model, (embedding,) = training.model, predicted
     answers = [text for batch in batches for text in batch["answers"]]
     loss, found = training.objective(model, embedding, answers)
-    starts = np.cumsum([0] + [len(batch["answers"]) for batch in batches])
-    texts = np.concatenate([np.asarray(batch["texts"], np.int64) + start for batch, start in zip(batches, starts)])
-    if len(texts):
-        words = model.y_decoder.loss(embedding[texts], model.y_decoder.tokens([answers[i] for i in texts]))
-        loss = loss + words
-        found["words"] = words.item()
     hits = found.pop("hits")
     first = np.concatenate([np.arange(len(batch["answers"])) < len(batch["turns"][0]["answers"]) for batch in batches])
     metrics = {"accuracy": float(np.mean(hits)), "first": float(np.mean(hits[first])), "scale": model.scale, **found}
@@ -199,12 +191,31 @@ def joint(training, predicted, batches, gate_weight=0.01):
     return loss, metrics
 
 
+def words(training, predicted, batch, batches):
+    """The part of (loss, {"words"}) that the captions of one of ``batches`` have: cross-entropy of their bytes.
+
+    They are also to be written by the Y-Decoder, from the prediction: to tell a picture from those of a batch
+    takes less than to describe it.
+    """
+    texts, decoder = _captions(batch), training.model.y_decoder
+    if not texts:
+        return None, {}
+    whole = sum(len(text.encode()) + 1 for each in batches for text in _captions(each))  # each ends in EOS
+    here = sum(len(text.encode()) + 1 for text in texts)
+    loss = decoder.loss(predicted[0][np.asarray(batch["texts"])], decoder.tokens(texts)) * (here / whole)
+    return loss, {"words": loss.item()}
+
+
+def _captions(batch):
+    return [batch["answers"][i] for i in batch["texts"]]
+
+
 def share(batch):
-    """What :func:`joint` looks at of a batch, as JSON data."""
+    """What :func:`joint` and :func:`words` look at of a batch, as JSON data."""
     return {"answers": batch["answers"], "texts": batch["texts"].tolist(),
             "turns": [{"answers": batch["turns"][0]["answers"]}]}
 
 
 def answer_loss(gate_weight=0.01):
     """The loss function of a Training for the Trainer; the batches of a step are compared with one another."""
-    return TwoPass(features, functools.partial(joint, gate_weight=gate_weight), share)
+    return TwoPass(features, functools.partial(joint, gate_weight=gate_weight), share, words)
