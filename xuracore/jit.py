@@ -201,7 +201,9 @@ def prange(count):
 
 
 class device:
-    """Decorate a small scalar function that kernels call; it is inlined into each of them.
+    """Decorate a small function that kernels call; it is inlined into each of them.
+
+    It returns numbers, or an array that it made itself: references to its arguments are not counted.
 
     ``@device`` alone serves every dtype with one body.  ``@device.narrow(wide=function)`` decorates
     the float32 form and names the function that serves float64: the choice is made by type, when

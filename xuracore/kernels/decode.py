@@ -33,21 +33,32 @@ def _rms_norm(x, weight, eps):
 
 
 @device
-def _sum_of_tasks(parts, first, last):
-    """(B, last - first): the sum over the first axis of parts (tasks, B, …), in order."""
-    out = np.zeros((parts.shape[1], last - first), np.float32)
-    for task in range(parts.shape[0]):
-        for b in range(parts.shape[1]):
-            row, part = out[b], parts[task, b, first:last]
+def _sum_of_tasks(parts):
+    """(B, …): the sum over the first axis of parts (tasks, B, …), in order."""
+    out = parts[0].copy()
+    for task in range(1, parts.shape[0]):
+        for b in range(out.shape[0]):
+            row, part = out[b], parts[task, b]
             for i in range(row.size):
                 row[i] += part[i]
     return out
 
 
 @device
-def _normed_unless(eps, x):
-    """RMS norm without weights; x itself where eps is negative."""
-    return _rms_norm(x, np.ones(x.shape[1], np.float32), eps) if eps >= 0 else x
+def _norm_pieces(x, first, second, eps):
+    """RMS norms without weights of x[:, :first], x[:, first:second] and x[:, second:]."""
+    out = x.copy()
+    for b in range(x.shape[0]):
+        for piece in range(3):
+            start = 0 if piece == 0 else first if piece == 1 else second
+            row = out[b, start : first if piece == 0 else second if piece == 1 else x.shape[1]]
+            total = ZERO
+            for i in range(row.size):
+                total += row[i] * row[i]
+            scale = np.float32(1) / np.sqrt(total / np.float32(row.size) + np.float32(eps))
+            for i in range(row.size):
+                row[i] *= scale
+    return out
 
 
 @device
@@ -118,8 +129,8 @@ def mamba1_project(
     for index in prange(tasks):
         task = np.int64(index)
         first, last = units * task // tasks * PANEL, units * (task + 1) // tasks * PANEL
-        product(in_weight, in_scales, normed, 0, width, first, last, both)
-        product(in_weight, in_scales, normed, 0, width, inner + first, inner + last, both)
+        for start in range(0, 2 * inner, inner):
+            product(in_weight, in_scales, normed, 0, width, start + first, start + last, both)
         for b in range(batch):
             row, into = both[b], gate[b]
             for d in range(first, last):
@@ -155,18 +166,17 @@ def mamba1_scan(
     """
     (batch, inner), (tasks, _, width), rank, size = u.shape, parts.shape, dt_weight.shape[1], a_log.shape[1]
     units = inner // PANEL
-    low = _normed_unless(inner_eps, _sum_of_tasks(mixes, 0, rank))
-    key = _normed_unless(inner_eps, _sum_of_tasks(mixes, rank, rank + size))
-    query = _normed_unless(inner_eps, _sum_of_tasks(mixes, rank + size, rank + 2 * size))
+    mix = _sum_of_tasks(mixes)
+    mix = _norm_pieces(mix, rank, rank + size, inner_eps) if inner_eps >= 0 else mix
     delta = np.empty((batch, inner), np.float32)
     for index in prange(tasks):
         task = np.int64(index)
         first, last = units * task // tasks * PANEL, units * (task + 1) // tasks * PANEL
-        product(dt_weight, dt_scales, low, 0, rank, first, last, delta)
+        product(dt_weight, dt_scales, mix, 0, rank, first, last, delta)
         rates = a_log[first:last].reshape(-1)
         keep = np.empty(rates.size, np.float32)
         for b in range(batch):
-            keys, queries, steps = key[b], query[b], delta[b]
+            keys, queries, steps = mix[b, rank : rank + size], mix[b, rank + size :], delta[b]
             for d in range(first, last):
                 steps[d] = softplus(steps[d] + dt_bias[d])
             for i in range(keep.size):
