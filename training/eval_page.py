@@ -39,7 +39,7 @@ def write_html(path, result, answers=None):
 def html_page(result, answers=None):
     """The page as text; see ``write_html``."""
     about = result["about"]
-    title = f"How well {_model_name(about['model']['name'])} answers"
+    title = f"How well the model “{_model_name(about['model']['name'])}” answers"
     measured = {name: part for name, part in result.items() if name != "about" and "skipped" not in part}
     sections = [_tiles(measured), _alarms(measured)]
     if "answers" in measured:

@@ -17,16 +17,12 @@ from xuravljepa.agent.recursion import RecursionConfig
 from xuravljepa.agent.tools import Usefulness
 
 
-def doubt_report(model, heads, scenes=500, seed=0, features=None):
-    """The monitor on test scenes and test keys: AUROC, ECE, coverage at risks, beside max-softmax.
-
-    features : a FeatureStore that has these scenes, if there is one.
-    """
+def doubt_report(model, heads, scenes=500, seed=0):
+    """The monitor on test scenes and test keys: AUROC, ECE, coverage at risks, beside max-softmax."""
     plain = Dataset.scenes("test", scenes, seed).rows
     plain = plain[:: max(1, len(plain) // (6 * scenes))]
     rows = [*plain, *Dataset.tools("test", scenes, seed, pools=("known", "test")).rows]
-    features = FeatureStore(model, rows) if features is None else features
-    found = judging.gather_readings(model, heads, rows, features, inject=False)
+    found = judging.gather_readings(model, heads, rows, inject=False)
     wrong, p = found["wrong"], heads.monitor.p_wrong(found["features"])
     tool = np.array([rows[i].tool is not None for i in found["row"]])
     result = {"questions": len(rows), "wrong": float(wrong.mean())}

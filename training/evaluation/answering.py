@@ -8,8 +8,8 @@ import numpy as np
 from training import metrics
 from training.phases.common import generator, image_key
 from training.phases.jepa import Example, collate
+from training.phases.monitor import Judge, ViewStore
 from xuracore import no_grad
-from xuravljepa.agent.confusion import monitor_features
 
 KIND = {True: "relational", False: "non-relational"}
 VQA_ANNOTATORS = 10  # with so many answers to a question, a text that three people gave is right (VQAv2)
@@ -84,10 +84,8 @@ def read(model, rows, features, shown=None, heads=None, candidates=None, report=
         cosines = embedding @ bank.T if names else np.zeros((len(asked), 0), np.float32)
         judged = None
         if heads is not None and names:
-            gate = model.predictor.gate_activation()
-            gate = np.full(len(asked), 0.5) if gate is None else gate.mean(axis=0)
-            judged = 1 - heads.monitor.p_wrong(monitor_features(
-                reading.pooled.data, cosines, scale, gate, heads.monitor.familiarity(visual)))
+            views = ViewStore(model, heads.monitor.config.shift, seen)(seen)
+            judged = 1 - heads.monitor.p_wrong(Judge(model, heads).first(batch["query"], views)[0])
         for i, row in enumerate(asked):
             own, texts = cosines[i], names
             if row.choices:

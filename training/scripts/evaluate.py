@@ -34,7 +34,7 @@ jobs (--only takes one or more):
   health      effective rank, spread, cosines, alignment, uniformity; alarms of collapse
   doubt, tools, injection   the agent, on generated scenes
 
-Intervals (95 %) come from resampling whole pictures.  The same command writes the same bytes.
+Intervals (95 %) come from resampling whole pictures.  The same command on as many threads writes the same bytes.
 
 examples:
   xura eval                                                          the shipped model
@@ -178,7 +178,7 @@ def measure_agent(args, agent, wanted, features):
     """{job: report} of the jobs on tool questions."""
     result, seed = {}, args.data_seed
     if "doubt" in wanted:
-        result["doubt"] = agent_reports.doubt_report(agent.model, agent.heads, args.scenes, seed, features)
+        result["doubt"] = agent_reports.doubt_report(agent.model, agent.heads, args.scenes, seed)
     if len(agent.tools) and "tools" in wanted:
         result["tools"] = agent_reports.tool_report(agent, max(args.scenes // 2, 1), seed,
                                                     options.counter(args, "tool questions asked"))
