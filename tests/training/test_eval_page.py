@@ -86,7 +86,10 @@ def run(folder, out, *arguments):
 
 def test_own_data_through_every_job_and_the_same_bytes_again(folder, pictures, tmp_path, capsys):
     arguments = "--data-dir", pictures, "--split", "all"
-    result, page = run(folder, tmp_path, *arguments)
+    result, page = run(folder, tmp_path, *arguments, "--predictions", tmp_path / "p.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert len(rows) == 48 and all(row["right"] == (row["said"] in row["answers"]) for row in rows)
+    assert np.mean([row["right"] for row in rows]) == result["answers"]["types"]["all"]["accuracy"]["value"]
     said = capsys.readouterr().out
     assert set(result) == {"about", *evaluate.MODEL_JOBS}
     assert result["answers"]["types"]["all"]["accuracy"]["count"] == 48
@@ -99,7 +102,8 @@ def test_own_data_through_every_job_and_the_same_bytes_again(folder, pictures, t
     checked = Checked(page)
     assert checked.tags.count("img") == page.count("data:image/png") > 20
     assert "&lt;b&gt;is&lt;/b&gt;" in page and result["about"]["model"]["sha256"] in page
-    assert run(folder, tmp_path, *arguments) == (result, page)
+    again = run(folder, tmp_path, *arguments, "--predictions", tmp_path / "p.jsonl")
+    assert again == (result, page)
 
 
 def test_generated_scenes_with_all_controls(folder, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import platform
 import shlex
 import sys
@@ -21,6 +22,7 @@ from training.evaluation.answering import Intervals, ask_each, picture_numbers, 
 from training.phases.common import FeatureStore
 from xuracore import __version__, io, set_num_threads
 from xuracore.errors import ConfigError, FormatError
+from xuracore.io.atomic import write_atomically
 from xuravljepa.agent.agent import Agent, load_heads
 from xuravljepa.model import CAPTION_QUERY, SHIPPED
 
@@ -79,6 +81,8 @@ def make_parser():
     group = parser.add_argument_group("results")
     group.add_argument("--json", metavar="FILE", help="write all numbers there")
     group.add_argument("--html", metavar="FILE", help="write a page with pictures of right and wrong answers")
+    group.add_argument("--predictions", metavar="FILE",
+                       help="write every question with what was said there, as JSON Lines")
     group.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here")
     group.add_argument("--threads", type=options.positive, metavar="N")
     group.add_argument("--quiet", action="store_true", help="no progress")
@@ -191,6 +195,14 @@ def measure_agent(args, agent, wanted, features):
     return result
 
 
+def write_predictions(path, said):
+    """Answers as JSON Lines, in the order of the data."""
+    rows = ({"id": row.id, "type": row.type, "query": row.query, "answers": list(dict.fromkeys(row.answers)),
+             "said": str(text), "right": float(right), "confidence": round(float(sure), 6)}
+            for row, text, right, sure in zip(said.rows, said.said, said.right, said.confidence))
+    write_atomically(Path(path), [(json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows])
+
+
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else list(argv)
     args = make_parser().parse_args(argv)
@@ -201,7 +213,7 @@ def main(argv=None):
     foreign = [job for job in wanted if job not in jobs]
     if foreign:
         raise ConfigError(f"--only {foreign[0]} needs generated tool questions; leave out --data-dir")
-    for file in (args.json, args.html):
+    for file in (args.json, args.html, args.predictions):
         if file and not Path(file).resolve().parent.is_dir():
             raise FormatError("there is no such folder to write into", Path(file).parent)
     agent = Agent.from_pretrained(args.model)
@@ -224,6 +236,8 @@ def main(argv=None):
     print(tables.text(result))
     if args.json:
         io.save_json(Path(args.json), result)
+    if args.predictions and said is not None:
+        write_predictions(args.predictions, said)
     if args.html:
         eval_page.write_html(args.html, result, said)
         options.say(args, f"page: {args.html}")
