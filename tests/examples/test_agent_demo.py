@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     model = VLJEPA(config, rng=np.random.default_rng(0))
     heads = AgentHeads(AgentConfig.for_model(config), config.predictor, rng=np.random.default_rng(1))
     heads.monitor.output.weight.data[:] = 0
+    heads.monitor.trust.data[:] = 0
     heads.monitor.output.bias.data[:] = 4.0
     Agent(model, heads).save_pretrained(path)
     write_price_list(path / "prices.json")

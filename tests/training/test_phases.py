@@ -9,7 +9,7 @@ from training.data.dataset import Dataset
 from training.data.strange import KINDS, strange_image
 from training.loop import Trainer, TrainerConfig
 from training.parallel import ALONE
-from training.phases import agent, decoder, end_to_end, jepa, pretrain
+from training.phases import agent, decoder, end_to_end, jepa, monitor, pretrain
 from training.phases.common import FeatureStore, RowBatches
 from training.phases.objective import Objective, ObjectiveConfig, Training
 from training.progress import read_metrics

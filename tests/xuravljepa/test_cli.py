@@ -37,6 +37,7 @@ def folder(tmp_path_factory):
     config = AgentConfig.for_model(model.config)
     heads = AgentHeads(config, model.config.predictor, rng=np.random.default_rng(1))
     heads.monitor.output.weight.data[:] = 0
+    heads.monitor.trust.data[:] = 0
     heads.monitor.output.bias.data[:] = 4.0
     Agent(model, heads).save_pretrained(path)
     io.save_json(path / "prices.json", {"zorba": {answer: 7 for answer in ANSWERS}})

@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     model = VLJEPA(VLJEPAConfig.tiny().replace(answers=ANSWERS), rng=np.random.default_rng(0))
     heads = AgentHeads(AgentConfig.for_model(model.config), model.config.predictor, rng=np.random.default_rng(1))
     heads.monitor.output.weight.data[:] = 0
+    heads.monitor.trust.data[:] = 0
     heads.monitor.output.bias.data[:] = 4.0
     Agent(model, heads).save_pretrained(path)
     (path / "prices.json").write_text('{"zorba": {"circle": 7}}')

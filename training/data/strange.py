@@ -1,4 +1,4 @@
-"""Pictures that are no scenes: what a model taught on scenes should admit that it cannot read.
+"""Pictures that no model was taught on: what it should admit that it cannot read, or reads less well.
 
 Eight kinds, from noise to smooth landscapes of colour, whose statistics range over those of photographs
 (power spectra falling as 1/f), drawings and screens.  Picture i of a seed is a pure function of (seed, i).
@@ -6,6 +6,8 @@ Eight kinds, from noise to smooth landscapes of colour, whose statistics range o
 
 import numpy as np
 
+UNTAUGHT = ("dim", "coarse", "tinted")  # changes of a picture that no training shows, for evaluation alone
+TAUGHT = ("specks", "lines", "gamma", "waves")  # changes of a picture on which the monitor is trained
 KINDS = ("white noise", "1/f noise", "gradient", "stripes", "blocks", "landscape", "blobs", "text-like")
 
 
@@ -14,6 +16,41 @@ def strange_image(index, seed=0, size=64):
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, 7, index))))
     draw = (_white, _pink, _gradient, _stripes, _blocks, _landscape, _blobs, _text)[index % len(KINDS)]
     return np.clip(draw(rng, size), 0, 255).astype(np.uint8)
+
+
+def untaught(pixels, kind):
+    """Normalised pictures (n, 3, S, S) with less contrast, in blocks of two pixels a side, or with less blue."""
+    if kind == "dim":
+        return (pixels * np.float32(0.6)).astype(np.float32)
+    if kind == "coarse":
+        n, channels, height, width = pixels.shape
+        blocks = pixels.reshape(n, channels, height // 2, 2, width // 2, 2).mean(axis=(3, 5))
+        return blocks.repeat(2, axis=2).repeat(2, axis=3).astype(np.float32)
+    return pixels - np.array([0, 0, 0.35], np.float32)[:, None, None]
+
+
+def changed(pixels, kind, rng):
+    """Normalised pictures (n, 3, S, S) with specks or lines of random colour, another gamma, or rows that sway.
+
+    How much is drawn for each picture; nothing moves by more than two pixels, so that answers stay.
+    """
+    pixels, size = pixels.copy(), pixels.shape[-1]
+    for picture in pixels:
+        if kind == "specks":
+            spots = rng.random((size, size)) < rng.uniform(0.01, 0.08)
+            picture[:, spots] = rng.uniform(-1, 1, (3, int(spots.sum())))
+        elif kind == "lines":
+            for _ in range(int(rng.integers(1, 5))):
+                ends, along = rng.uniform(0, size - 1, (2, 2)), np.linspace(0, 1, 4 * size)[:, None]
+                y, x = np.round(ends[0] * (1 - along) + ends[1] * along).astype(int).T
+                picture[:, y, x] = rng.uniform(-1, 1, 3)[:, None]
+        elif kind == "gamma":
+            picture[:] = 2 * ((picture.clip(-1, 1) + 1) / 2) ** np.exp(rng.uniform(-0.7, 0.7)) - 1
+        else:
+            sway = rng.uniform(0.5, 2) * np.sin(np.arange(size) / rng.uniform(2, 6) + rng.uniform(0, 6))
+            columns = np.clip(np.arange(size) + np.round(sway).astype(int)[:, None], 0, size - 1)
+            picture[:] = picture[:, np.arange(size)[:, None], columns]
+    return pixels
 
 
 def _colour(rng):

@@ -9,15 +9,21 @@ import numpy as np
 if not __package__:  # run by path: import the packages that this script lies beside
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from training import metrics, options, parallel
+from training import options, parallel
 from training.data.dataset import Dataset
+from training.data.memory_data import memory_rows
+from training.data.scenes import CORRUPTIONS
+from training.data.strange import TAUGHT
 from training.data.tools_data import write_price_list
 from training.phases import agent as phase
+from training.phases import monitor as judging
 from training.phases.common import FeatureStore
 from xuracore import io, no_grad
 from xuracore.errors import ConfigError
 from xuravljepa.agent.agent import save_heads
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
+from xuravljepa.agent.injector import MODES
+from xuravljepa.agent.recall import register_search
 from xuravljepa.agent.scene_tools import register_scene_tools
 from xuravljepa.agent.builtin import KnowledgeBase
 from xuravljepa.agent.tools import ToolRegistry
@@ -25,9 +31,9 @@ from xuravljepa.model import SHIPPED, VLJEPA
 
 EPILOG = """\
 Stage 1 trains the injector on the difference that reading a tool's text makes, and the tool selector.
-Stage 2 trains the monitor on the model's answers to questions it was not trained on ("calib" scenes and
-keys), before and after an injection, on corrupted pictures and on pictures that are no scenes; a second
-part of those sets its temperature.
+Stage 2 trains the monitor on the model's answers to questions it was not trained on ("calib" scenes and keys,
+and keys made up for it), before and after an injection, through corruptions and on pictures that are no
+scenes; the pictures of a third of those are kept back to calibrate it.
 
 examples:
   python training/scripts/train_agent.py --tiny --steps 40
@@ -36,26 +42,41 @@ examples:
 """
 
 
-UNTESTED = 100_000  # corrupted scenes from this number on: evaluation never gets so far
-
-
 def tool_cards():
     """{tool: its description}, from the tools' own registration."""
     registry = ToolRegistry()
     register_scene_tools(registry, KnowledgeBase({"shop": {"circle": 1}}))
+    register_search(registry)
     return {tool.name: tool.description for tool in registry}
 
 
-def monitor_readings(model, heads, args, scenes, split, start):
-    """Readings of plain and tool questions about scenes of a split, and the rows they belong to."""
-    plain = Dataset.scenes(split, scenes, args.data_seed, start=start).rows
-    plain = plain[:: max(1, len(plain) // (6 * scenes))]  # about six questions a scene
-    tools = Dataset.tools(split, scenes, args.data_seed, start=start, pools=("known", "calib")).rows
-    rows = [*plain, *tools]
-    features = FeatureStore(model, rows, report=options.counter(args, f"{split} pictures encoded"))
-    found = phase.gather_readings(model, heads, rows, features,
-                                  report=options.counter(args, f"{split} questions read"))
-    return {**found, "rows": rows}
+def monitor_readings(model, heads, args, scenes):
+    """(Readings of all groups, {group: (what gather_readings found, rows)}) about ``calib`` scenes."""
+    def plain(start, count):
+        return Dataset.scenes("calib", count, args.data_seed, start=start).rows
+
+    def tools(start, count):
+        return Dataset.tools("calib", count, args.data_seed, start=start, pools=("known", "calib")).rows
+
+    asked = {"scenes": plain(0, scenes)}
+    for number, kind in enumerate(CORRUPTIONS):
+        start, count = scenes + number * scenes // 10, max(scenes // 10, 1)
+        asked[kind] = judging.corrupted([*plain(start, count), *tools(start, count)], kind)
+    asked["tools"] = [*tools(0, scenes), *judging.with_new_keys(tools(scenes, 3 * scenes // 2), args.data_seed)]
+    asked["memory"] = memory_rows("calib", max(scenes // 3, 3), args.data_seed)
+    for number, kind in enumerate(TAUGHT, start=len(CORRUPTIONS)):
+        asked[kind] = plain(scenes + number * scenes // 10, max(scenes // 20, 1))
+    found, parts, shift = {}, [], heads.monitor.config.shift
+    for group, rows in asked.items():
+        change = judging.changes(group, args.data_seed) if group in TAUGHT else None
+        store = judging.ViewStore(model, shift, rows, change=change)
+        found[group] = judging.gather_readings(model, heads, rows, store,
+                                               report=options.counter(args, f"questions read ({group})"))
+        parts.append(judging.Readings.of(found[group], rows, group))
+    strange = judging.strange_readings(model, heads, asked["scenes"], max(scenes // 2, 3), args.data_seed)
+    parts.append(judging.Readings(strange, np.ones(len(strange), np.int64), np.full(len(strange), "strange", object),
+                                  np.arange(len(strange))))
+    return judging.Readings.joined(parts), found
 
 
 @parallel.together
@@ -64,12 +85,15 @@ def main(argv=None):
                                      weight_decay=0.01, output_dir="runs/agent")
     parser.add_argument("--model", "--phase2-checkpoint", default=None, metavar="DIR",
                         help="folder of the model that phase 2 wrote (default runs/decoder/model)")
-    parser.add_argument("--injection-mode", choices=("state", "residual"), default="state")
+    parser.add_argument("--injection-mode", choices=MODES[:-1], default="state",
+                        help="how a result is taken in (default state); the shipped heads write into the states")
     parser.add_argument("--injection-weight", type=float, default=4.0,
                         help="of the unexplained state difference, beside the answer's cross-entropy (default 4)")
     parser.add_argument("--monitor-steps", type=options.positive, default=1500)
+    parser.add_argument("--monitor-scenes", type=options.positive, metavar="N",
+                        help="pictures that stage 2 asks about, a tenth as many of each corruption (default 3000)")
     parser.add_argument("--stage", choices=("all", "injection"), default="all",
-                        help="'injection' stops after stage 1, to compare the modes; the residual mode always does")
+                        help="'injection' stops after stage 1, to compare the modes")
     args = parser.parse_args(argv)
     options.prepare(args)
     if args.data_dir:
@@ -88,9 +112,11 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ stage 1
     scenes = args.scenes or (40 if args.tiny else 3000)
-    tool_rows = Dataset.tools("train", scenes, args.data_seed, pools=("train", "known")).rows
+    tool_rows = [*Dataset.tools("train", scenes, args.data_seed, pools=("train", "known")).rows,
+                 *memory_rows("train", scenes // 3, args.data_seed)]
     plain_rows = Dataset.scenes("train", scenes // 4, args.data_seed).rows
-    held_rows = Dataset.tools("val", max(scenes // 12, 8), args.data_seed, pools=("train", "calib")).rows
+    held_rows = [*Dataset.tools("val", max(scenes // 12, 8), args.data_seed, pools=("train", "calib")).rows,
+                 *memory_rows("val", max(scenes // 36, 3), args.data_seed)]
     held_plain = Dataset.scenes("val", max(scenes // 48, 4), args.data_seed).rows
     features = FeatureStore(model, [*tool_rows, *plain_rows, *held_rows, *held_plain],
                             report=options.counter(args, "pictures encoded"))
@@ -113,7 +139,7 @@ def main(argv=None):
         return result.exit_code
     trainer.adopt()
     report = {"injection": evaluate(heads, result.step)}
-    if args.stage == "injection" or args.injection_mode == "residual":
+    if args.stage == "injection":
         if args._ranks.leads:
             save_heads(heads, output)  # for evaluate.py --heads
             io.save_json(output / "metrics.json", report)
@@ -121,36 +147,31 @@ def main(argv=None):
         return 0
 
     # ------------------------------------------------------------------ stage 2
-    scenes = 24 if args.tiny else 1500
-    parts = [monitor_readings(model, heads, args, scenes, "calib", 0),
-             monitor_readings(model, heads, args, scenes // 3, "corrupt", UNTESTED)]
-    strange = phase.strange_readings(model, heads, parts[0]["rows"], scenes, args.data_seed)
-    inputs = np.concatenate([*(part["features"] for part in parts), strange])
-    wrong = np.concatenate([*(part["wrong"] for part in parts), np.ones(len(strange), np.int64)])
-    # a picture belongs to one part only: its number decides
-    picture = [[part["rows"][i].image.index for i in part["row"]] for part in parts]
-    fitting = np.concatenate([*picture, np.arange(len(strange))]) % 3 != 0
-    heads.monitor.fit_scale(inputs[fitting])
+    scenes = args.monitor_scenes or (24 if args.tiny else 3000)
+    readings, found = monitor_readings(model, heads, args, scenes)
+    held = judging.held_back(readings)
+    fitting, kept = readings[~held], readings[held]
+    heads.monitor.fit_scale(fitting.features)
     heads.requires_grad_(False)
     heads.monitor.requires_grad_()
     options.say(args, f"phase 3, stage 2: monitor, {heads.monitor.parameter_count():,} parameters, "
-                f"{fitting.sum():,} readings, {wrong[fitting].mean():.1%} wrong")
-    readings = phase.ReadingBatches(inputs[fitting], wrong[fitting], 256, args.seed, args._ranks)
-    result, trainer = options.train(heads, phase.monitor_objective, readings, args, steps=args.monitor_steps,
+                f"{len(fitting.wrong):,} readings, {fitting.wrong.mean():.1%} wrong")
+    batches = judging.ReadingBatches(fitting, 512, config.monitor.hidden, args.seed)
+    args.weight_decay = judging.WEIGHT_DECAY
+    result, trainer = options.train(heads, judging.monitor_objective, batches, args, steps=args.monitor_steps,
                                     output_dir=output / "monitor", describe={**description, "stage": 2})
     if not result.complete:
         return result.exit_code
     trainer.adopt()
     if not args._ranks.leads:
         return 0
+    seen = kept[kept.group != "strange"]
     with no_grad():
-        logits = heads.monitor(inputs[~fitting]).data
-    heads.monitor.calibrate(logits, wrong[~fitting])
-    heads.monitor.fit_limit(np.concatenate([part["features"] for part in parts]))  # scenes, strange ones left out
-    p = heads.monitor.p_wrong(inputs[~fitting])
-    fixes, breaks = phase.usefulness(parts[0])
-    report["monitor"] = {"auroc": metrics.auroc(p, wrong[~fitting]), "temperature": float(heads.monitor.temperature),
-                         "fixes": fixes, "breaks": breaks}
+        heads.monitor.calibrate(heads.monitor(seen.features).data, seen.wrong)
+    heads.monitor.fit_limit(readings[readings.group != "strange"].features)
+    fixes, breaks = judging.usefulness(found["tools"])
+    report["monitor"] = {"temperature": float(heads.monitor.temperature), "offset": float(heads.monitor.offset),
+                         "fixes": fixes, "breaks": breaks, **judging.judged(heads.monitor, kept)}
     heads.config = config.replace(fixes=fixes, breaks=breaks)
     model.save_pretrained(output / "model")
     save_heads(heads, output / "model")

@@ -23,7 +23,7 @@ from xuracore.tensor import Tensor
 from xuracore.threads import one_blas_thread
 from xuravljepa import angn
 from xuravljepa.agent.builtin import KnowledgeBase
-from xuravljepa.agent.confusion import monitor_features
+from xuravljepa.agent.confusion import monitor_features, views
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import Injection
@@ -33,7 +33,7 @@ from xuravljepa.agent.tools import ToolRegistry, ToolResult, Usefulness
 from xuravljepa.agent.trace import Replay, Run
 from xuravljepa.model import CAPTION_QUERY, PRESETS, SHIPPED, VLJEPA
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 SMALL = 4e6  # parameters up to which a second BLAS thread gains nothing, and on a busy machine is long waited for
 
 
@@ -66,9 +66,12 @@ class Agent:
     never doubts.   registry : ToolRegistry, empty by default.   recursion : RecursionConfig.
     auto_reset : mean activation of the gates (ANGN) under which the agent forgets the picture after its
     answer, or a stream begins a new segment; None: never.  memory : VisualMemory, see ``open_memory``.
+    turns : how many questions in a row are read from one look.  A question without a picture is read from the
+    states that the one before left behind, and the picture looked at again where that makes a doubtful answer,
+    or after so many turns.  0: every question looks afresh.
     """
 
-    def __init__(self, model, heads=None, registry=None, recursion=None, name="", auto_reset=None):
+    def __init__(self, model, heads=None, registry=None, recursion=None, name="", auto_reset=None, turns=16):
         self.model, self.name = model.eval(), name
         self.trained = heads is not None
         if heads is None:
@@ -77,7 +80,7 @@ class Agent:
         self.tools = ToolRegistry() if registry is None else registry
         config = self.heads.config
         self.recursion = recursion or RecursionConfig(config.confident_below, config.abstain_above)
-        self.auto_reset, self.memory = auto_reset, None
+        self.auto_reset, self.memory, self.turns = auto_reset, None, turns
         self.reset()
         self._cards, self._prices, self._warm = {}, None, False
         self._blas_held = one_blas_thread if model.parameter_count() <= SMALL else contextlib.nullcontext
@@ -96,9 +99,8 @@ class Agent:
         heads = load_heads(model, folder)
         agent = cls(model, heads, recursion=recursion, name=str(source))
         if (folder / "prices.json").exists():
-            config = heads.config
-            use = Usefulness(config.fixes, config.breaks, config.cost)
-            register_scene_tools(agent.tools, KnowledgeBase.from_json(folder / "prices.json"), usefulness=use)
+            register_scene_tools(agent.tools, KnowledgeBase.from_json(folder / "prices.json"),
+                                 usefulness=agent.usefulness)
             agent._prices = (folder / "prices.json").read_bytes()
         return agent
 
@@ -115,9 +117,19 @@ class Agent:
 
     def register_tool(self, function, **settings):
         """Add a tool; see ``ToolRegistry.register`` for the settings."""
-        settings.setdefault("usefulness", Usefulness(self.heads.config.fixes, self.heads.config.breaks,
-                                                     self.heads.config.cost))
+        settings.setdefault("usefulness", self.usefulness)
         return self.tools.register(function, **settings)
+
+    @property
+    def usefulness(self):
+        """What taking in a tool's result was found to do on validation questions."""
+        config = self.heads.config
+        return Usefulness(config.fixes, config.breaks, config.cost)
+
+    @property
+    def seen(self):
+        """Visual tokens (views, n, d) of the picture in view, or None."""
+        return self._visual
 
     # ------------------------------------------------------------------ asking
     @no_grad()
@@ -135,8 +147,10 @@ class Agent:
     def _ask(self, image, question, expected, runner, options):
         query = self.model.query_tokens([question])  # before the picture: a wrong question changes nothing
         visual = self._see(image)
-        reader = _Reader(self.model, self.heads, query, visual)
         monitor, injector = _Monitor(self.heads, self.trained), _Injector(self.model, self.heads)
+        carried = self._carried(image)
+        reader = _Reader(self.model, self.heads, query, visual, carried,
+                         lambda reading: monitor.p_wrong(reading, 0) >= self.recursion.confident_below)
         if not self._warm:
             # Kernels compile when they are first called; that is not time the question may be charged for.
             reading = reader.read(None)
@@ -146,11 +160,13 @@ class Agent:
         layer = RecursionLayer(reader, monitor, _Selector(self), injector, self.tools, runner, self.recursion,
                                **options)
         run = Run(
-            run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(),
+            run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(carried),
             image=self._picture, expected=expected,
             started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         outcome = layer.run(question, ask=lambda text: self._plain_answer(visual, text), run=run)
+        # The states of the first reading: what a tool said counts for its question only.
+        self._states, self._turn = reader.after, 0 if reader.looked else self._turn + 1
         calls = [{"tool": step.tool, "arguments": step.arguments, "result": step.result.text,
                   "ok": step.result.ok, "error": step.result.error and step.result.error.message}
                  for step in outcome.trace.calls()]
@@ -171,13 +187,16 @@ class Agent:
         self._see(image)
         if trace.run.image != self._picture:
             raise ReplayError("the trace is about another picture")
-        if trace.run.config != self._config_digest():
-            raise ReplayError("the trace belongs to an agent with another configuration")
+        if trace.run.config != self._config_digest(self._carried(None)):
+            self._states = None
+        if trace.run.config != self._config_digest(self._carried(None)):
+            raise ReplayError("the trace belongs to an agent with another configuration, or goes on from states that "
+                              "are not here: load what save_state wrote before that question")
         record = Replay(trace)
         return self.ask(None, trace.run.question, trace.run.expected, record, record.clock)
 
     def _see(self, image):
-        """Visual tokens (1, n, d) of a picture, kept for later questions about it."""
+        """Visual tokens (views, n, d) of a picture, the first of it as it is, kept for later questions about it."""
         if image is None:
             if self._visual is None:
                 raise ShapeError("there is no picture yet: give one with the first question")
@@ -185,17 +204,29 @@ class Agent:
         pixels = self.model.pixels(image)
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
         if digest != self._picture or self._pixels is None:  # tokens from a file are not taken for a picture's
-            self._visual, self._picture, self._pixels = self.model.visual_tokens(pixels), digest, pixels
+            self._visual, self._picture, self._pixels = self.view(pixels), digest, pixels
+            self._states = None
         return self._visual
 
+    def view(self, pixels):
+        """pixels (1, 3, S, S) → visual tokens (views, n, d): of the picture and, for a monitor, of it moved."""
+        return self.model.visual_tokens(views(pixels, self.heads.monitor.config.shift if self.trained else 0)[0])
+
     def glance(self, query, visual):
-        """(Reading, confidence) without tools; query : of ``model.query_tokens``, visual : (1, n, d)."""
+        """(Reading, confidence) without tools; query : of ``model.query_tokens``, visual : of ``view``."""
         reading = _Reader(self.model, self.heads, query, visual).read(None)
         return reading, 1 - _Monitor(self.heads, self.trained).p_wrong(reading, 0)
 
     def reset(self):
         """Forget the picture: the next question needs one.  The memory on the disk stays."""
         self._visual, self._picture, self._pixels = None, "", None
+        self._states, self._turn = None, 0
+
+    def _carried(self, image):
+        """The states to go on from, or None to look: at a picture that is given, and after enough turns."""
+        if image is not None or self._turn + 1 >= self.turns or self.model.config.predictor.bidirectional:
+            return None
+        return self._states
 
     def _should_reset(self, reading):
         gate = reading.hidden["gate"]
@@ -203,12 +234,15 @@ class Agent:
 
     def _plain_answer(self, visual, question):
         """The model's answer without doubt or tools: what fills a tool's argument."""
-        reading = self.model.predictor(self.model.query_tokens([question]), visual)
+        reading = self.model.predictor(self.model.query_tokens([question]), visual[:1])
         return self.model.answer_bank()[0][int(self.model.similarities(reading.embedding).argmax())]
 
-    def _config_digest(self):
+    def _config_digest(self, carried=None):
         text = repr(self.model.config) + repr(self.heads.config) + repr(self.recursion)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(text.encode())
+        for part in _parts(carried or ()).values():
+            digest.update(part.tobytes())
+        return digest.hexdigest()[:16]
 
     def card_embeddings(self, tools):
         """(tools, E) embeddings of what the tools say they do, computed once each."""
@@ -264,8 +298,7 @@ class Agent:
         """Remember on the disk what streams show, for ``recall``; returns the VisualMemory.
 
         config : MemoryConfig.   read_only : while another process writes.   tool : register ``memory_search``
-        for questions that begin with "earlier" or "before".  The shipped injector was not taught to take in
-        what it says; ``recall`` needs no injector.
+        for questions about earlier ("was there a red circle before?"), which the shipped heads know to call.
         Raises MemoryBusyError where another process writes, FormatError for another model's memory.
         """
         from xuravljepa.agent.recall import open_memory
@@ -298,17 +331,22 @@ class Agent:
 
     # ------------------------------------------------------------------ state
     def save_state(self, path):
-        """Write what the agent has seen last, so that questions without a picture go on after a restart."""
+        """Write what the agent has seen last and the predictor's states, so that questions go on after a restart."""
         if self._visual is None:
             raise ShapeError("the agent has seen nothing yet")
+        tensors = {"visual": self._visual, **_parts(self._states or ())}
         about = {"version": str(STATE_VERSION), "picture": self._picture, "x_encoder": self.eyes(),
-                 "sha256": hashlib.sha256(self._visual.tobytes()).hexdigest()}
-        io.save_safetensors(path, {"visual": self._visual}, about)
+                 "predictor": _weights_digest(self.model.predictor), "turn": str(self._turn),
+                 "sha256": _digest(tensors)}
+        io.save_safetensors(path, tensors, about)
 
     def load_state(self, path):
-        """Read what ``save_state`` wrote; FormatError if it is missing, damaged or from another X-Encoder."""
+        """Read what ``save_state`` wrote; FormatError if it is missing, damaged or from another X-Encoder.
+
+        States of another predictor are left out: it looks at the picture's tokens afresh.
+        """
         try:
-            metadata, tensors = io.read_metadata(path), io.load_safetensors(path, ["visual"])
+            metadata, tensors = io.read_metadata(path), io.load_safetensors(path)
         except OSError as error:
             raise FormatError(f"cannot be read: {error.strerror}", path) from None
         if metadata.get("version") != str(STATE_VERSION):
@@ -316,22 +354,60 @@ class Agent:
             raise FormatError(f"state version {version!r:.40}; this program reads {STATE_VERSION}", path)
         if metadata.get("x_encoder") != self.eyes():
             raise FormatError("belongs to another model, whose X-Encoder sees differently", path)
-        visual, vision = tensors["visual"], self.model.config.vision
-        expected = 1, vision.n_tokens, vision.d_model
-        if visual.shape != expected or visual.dtype != np.float32 or not np.isfinite(visual).all():
-            found = f"{visual.dtype} {visual.shape}"
-            raise FormatError(f"expected finite float32 {expected}, got {found}", path, "visual")
-        if hashlib.sha256(visual.tobytes()).hexdigest() != metadata.get("sha256"):
-            raise FormatError("its checksum does not fit: it was damaged", path, "visual")
-        self._visual, self._picture, self._pixels = visual, metadata.get("picture", ""), None
+        visual, vision = tensors.get("visual", np.zeros(0)), self.model.config.vision
+        needed = 3 if self.trained and self.heads.monitor.config.shift else 1
+        expected = vision.n_tokens, vision.d_model
+        if visual.shape[1:] != expected or len(visual) < needed or not _finite(visual):
+            raise FormatError(f"expected finite float32 {(needed, *expected)}, got {visual.dtype} {visual.shape}", path,
+                              "visual")
+        if _digest(tensors) != metadata.get("sha256"):
+            raise FormatError("its checksum does not fit: it was damaged", path)
+        states, turn = None, metadata.get("turn", "")
+        if len(tensors) > 1 and metadata.get("predictor") == _weights_digest(self.model.predictor):
+            states = self._states_from(tensors, visual[:needed], path)
+        if not (turn.isascii() and turn.isdigit() and len(turn) < 10):
+            raise FormatError(f"turn is {turn!r:.40}; expected a number", path)
+        self._visual, self._picture, self._pixels = visual[:needed], metadata.get("picture", ""), None
+        self._states, self._turn = states, int(turn)
+
+    @no_grad()
+    def _states_from(self, tensors, visual, path):
+        """The predictor's states out of the tensors of a file, checked against those of a look of our own."""
+        query = np.repeat(self.model.query_tokens([CAPTION_QUERY]), len(visual), axis=0)
+        like = self.model.predictor.look(query, visual)
+        for name, part in _parts(like).items():
+            found = tensors.get(name)
+            if found is None or found.shape[1:] != part.shape[1:] or len(found) < len(part) or not _finite(found):
+                raise FormatError(f"expected finite float32 {part.shape}", path, name)
+        return [type(state)(*(Tensor(tensors[f"states.{i}.{field}"][: len(visual)]) for field in state._fields))
+                for i, state in enumerate(like)]
 
     def eyes(self):
         """SHA-256 of the X-Encoder's weights and of how pictures are prepared for it."""
         config = self.model.config
-        digest = hashlib.sha256(repr((config.vision, config.mean, config.std)).encode())
-        for name, array in sorted(self.model.x_encoder.state_dict().items()):
-            digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-        return digest.hexdigest()
+        return _weights_digest(self.model.x_encoder, repr((config.vision, config.mean, config.std)))
+
+
+def _weights_digest(module, more=""):
+    return _digest(module.state_dict(), more)
+
+
+def _digest(tensors, more=""):
+    """SHA-256 of named arrays."""
+    digest = hashlib.sha256(more.encode())
+    for name, array in sorted(tensors.items()):
+        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _parts(states):
+    """{name: array} of the predictor's states."""
+    return {f"states.{i}.{field}": np.ascontiguousarray(part.data)
+            for i, state in enumerate(states) for field, part in zip(state._fields, state)}
+
+
+def _finite(array):
+    return array.dtype == np.float32 and bool(np.isfinite(array).all())
 
 
 def _check_fit(config, wanted, path):
@@ -362,24 +438,37 @@ def load_heads(model, directory):
 
 # ---------------------------------------------------------------------- what plugs into the recursion loop
 class _Reader:
-    """Reads one question about one picture; the state is an Injection."""
+    """Reads one question about one picture, all views of it at once; the state is an Injection."""
 
-    def __init__(self, model, heads, query, visual):
-        self.model, self.query, self.visual = model, query, visual
+    def __init__(self, model, heads, query, visual, carried=None, doubtful=None):
+        self.model, self.visual, self.carried, self.doubtful = model, visual, carried, doubtful
+        self.after, self.looked = None, False
+        self.query = np.repeat(query, len(visual), axis=0)
         self.residual_layer = heads.config.injector.residual_layer
-        self.strangeness = heads.monitor.familiarity(visual)
+        self.strangeness = heads.monitor.familiarity(visual[:1])
 
     def read(self, state):
+        if state is not None:
+            return self._read(state)
+        if self.carried is not None:
+            reading, self.looked = self._read(Injection(self.carried)), False
+            if not self.doubtful(reading):
+                return reading
+        self.looked = True
+        return self._read(Injection(self.model.predictor.look(self.query, self.visual)))
+
+    def _read(self, state):
         predictor = self.model.predictor
-        if state is None:
-            state = Injection(predictor.look(self.query, self.visual))
         reading = state.read(predictor, self.query, self.residual_layer)
+        if state.bias is None and state.offsets is None and not np.any(state.change):
+            self.after = reading.states
         cosines = self.model.similarities(reading.embedding)
         gate = predictor.gate_activation()
         answers = self.model.answer_bank()[0]
         order = np.argsort(-cosines[0], kind="stable")
-        hidden = {"pooled": reading.pooled.data, "embedding": reading.embedding.data[0], "cosines": cosines,
-                  "scale": self.model.scale, "gate": np.full(1, 0.5) if gate is None else gate.mean(axis=0),
+        hidden = {"pooled": reading.pooled.data[:1], "embedding": reading.embedding.data[0], "cosines": cosines[:1],
+                  "moved": cosines[1:, None], "scale": self.model.scale,
+                  "gate": np.full(1, 0.5) if gate is None else gate.mean(axis=0)[:1],
                   "strangeness": self.strangeness, "change": state.change}
         return Reading(answers[order[0]], tuple((answers[i], float(cosines[0, i])) for i in order[:8]),
                        state, hidden)
@@ -394,7 +483,7 @@ class _Monitor:
             return 0.0
         seen = reading.hidden
         features = monitor_features(seen["pooled"], seen["cosines"], seen["scale"], seen["gate"],
-                                    seen["strangeness"], depth, seen["change"])
+                                    seen["strangeness"], depth, seen["change"], seen["moved"])
         return float(self.monitor.p_wrong(features)[0])
 
 
@@ -413,8 +502,9 @@ class _Injector:
 
     def inject(self, reading, result):
         text = result.text.strip().lower()
-        knowledge = self.model.encode_answers([text])
-        after = self.injector.take_in(self.model.predictor, lambda: self.model.tool_tokens([text]),
-                                      Tensor(knowledge.data), reading.state.states)
+        count = len(reading.state.states[0][0])  # views
+        knowledge = Tensor(np.repeat(self.model.encode_answers([text]).data, count, axis=0))
+        after = self.injector.take_in(self.model.predictor, lambda: self.model.tool_tokens([text] * count), knowledge,
+                                      reading.state.states)
         change = float(after.change[0])
         return after._replace(change=change), change

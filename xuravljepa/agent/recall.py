@@ -10,6 +10,7 @@ import datetime
 import math
 import os
 import re
+import time
 import warnings
 from pathlib import Path
 
@@ -17,13 +18,41 @@ import numpy as np
 
 from xuracore import no_grad
 from xuracore.errors import ConfigError, FormatError, ShapeError
-from xuravljepa.agent.arguments import FromQuestion
 from xuravljepa.agent.memory import Memory, MemoryConfig, VisualMemory
 from xuravljepa.agent.tools import Output
 from xuravljepa.model import CAPTION_QUERY
 
-EARLIER = r"^\s*(?:earlier|before|previously|from memory)\b[\s,:]*(.+)"
+_MARK = r"(?:earlier|before|previously|from memory)"
+# At the beginning; or at the end of a question in the past tense: "what is left of it, before?" is none.
+EARLIER = (rf"^\s*{_MARK}\b[\s,:]*\S|"
+           rf"\b(?:was|were|did|had|seen|saw)\b.*\b{_MARK}\s*[?.!]*\s*$")
+_PRESENT = (  # in this order
+    (rf"^\s*{_MARK}\b[\s,:]*", ""), (rf"[\s,]*\b{_MARK}\s*([?.!]*)\s*$", r"\1"),
+    (r"^have you seen\b", "do you see"), (r"\bdid you see\s*([?.!]*)$", r"are there\1"),
+    (r"^did you see\b", "do you see"), (r"^was (an? .+?) there\b", r"is there \1"), (r"\bwas\b", "is"), (r"\bwere\b", "are"), (r"\bdid\b", "does"),
+)
+MOST_SEARCHED = 64  # memories that one question is put to
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class InThePresent:
+    """The source of an argument: the question as it would have been asked of an earlier picture at the time."""
+
+    def __init__(self):
+        self.pattern = re.compile(EARLIER, re.IGNORECASE | re.DOTALL)
+
+    def patterns(self):
+        return [self.pattern]
+
+    def resolve(self, parameter, question, groups, ask):
+        return in_the_present(question)
+
+
+def in_the_present(question):
+    """"was there a red circle before?" → "is there a red circle?"."""
+    for pattern, words in _PRESENT:
+        question = re.sub(pattern, words, question.strip(), flags=re.IGNORECASE)
+    return question
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,29 +88,40 @@ def open_memory(agent, directory, config=None, read_only=False, tool=False):
     width, eyes = agent.model.config.vision.d_model, agent.eyes()[:32]
     memory = VisualMemory(directory, width, MemoryConfig() if config is None else config, eyes, read_only)
     if tool and "memory_search" not in agent.tools:
-        agent.register_tool(_search_tool(agent), arguments={"question": FromQuestion(EARLIER)},
-                            isolation="inline")
+        register_search(agent.tools, agent, usefulness=agent.usefulness)
     return memory
 
 
+def register_search(registry, agent=None, **settings):
+    """Register ``memory_search`` over an agent's memory; settings : for ``register``."""
+    return registry.register(_search_tool(agent), description="Remember what was seen earlier.",
+                             arguments={"question": InThePresent()}, isolation="inline", **settings)
+
+
 def _search_tool(agent):
-    def memory_search(question: str) -> Output:
+    def memory_search(question: str, deadline: float) -> Output:
         """Answer a question from pictures that were seen earlier.
 
         Args:
             question: what to ask the remembered pictures
 
         Returns:
-            The surest answer among the newest pictures, with all answers and their times.
+            Of a question for yes or no: yes if it was so in any picture.  Of others: the answer of the last
+            picture.  With all answers and their times, newest first.
         """
-        found = agent.recall(question)
+        found = []
+        for one in _search(agent, question) if agent.memory is not None else ():
+            found.append(one)
+            if one.answer not in ("yes", "no") or one.answer == "yes" and one.confidence > 0.5:
+                break
+            if time.monotonic() > deadline:
+                break
         if not found:
             raise LookupError("nothing was seen yet")
-        surest = max(found, key=lambda recollection: recollection.confidence)
         value = [{"number": one.memory.number, "time": one.memory.time, "last": one.memory.last,
                   "source": one.memory.source, "answer": one.answer, "confidence": one.confidence}
                  for one in found]
-        return Output(value, surest.answer)
+        return Output(value, found[-1].answer)
 
     return memory_search
 
@@ -102,6 +142,28 @@ def _check_open(agent):
         raise ConfigError("the agent has no memory yet: call open_memory(directory) first")
 
 
+def _search(agent, question):
+    """Recollections one by one, newest first, without the picture in view."""
+    memory, query = agent.memory, agent.model.query_tokens([question])
+    in_view = set() if agent.seen is None else {
+        near.number for near, cosine in memory.search(sight(agent.seen, agent.model.config.vision), 3)
+        if 1 - cosine <= memory.config.same}
+    for one in memory.newest(MOST_SEARCHED):
+        if one.number not in in_view and (found := _recollect(agent, query, one)) is not None:
+            yield found
+
+
+def _recollect(agent, query, memory, similarity=None):
+    """The Recollection of a memory, or None with a warning where its picture is lost."""
+    try:
+        picture = agent.memory.picture(memory.number)
+    except FormatError as error:
+        warnings.warn(f"a memory is lost: {error}", stacklevel=4)
+        return None
+    reading, confidence = agent.glance(query, agent.view(agent.model.pixels(picture)))
+    return Recollection(memory, reading.answer, confidence, similarity)
+
+
 @no_grad()
 def recall(agent, question, k=5, since=None, until=None, like=None):
     """See ``Agent.recall``."""
@@ -113,17 +175,8 @@ def recall(agent, question, k=5, since=None, until=None, like=None):
     else:
         visual = agent.model.visual_tokens(agent.model.pixels(like))
         found = agent.memory.search(sight(visual, agent.model.config.vision), k, *span)
-    recollections = []
-    for memory, similarity in found:
-        try:
-            picture = agent.memory.picture(memory.number)
-        except FormatError as error:
-            warnings.warn(f"a memory is lost: {error}", stacklevel=3)
-            continue
-        visual = agent.view(agent.model.pixels(picture))
-        reading, confidence = agent.glance(query, visual)
-        recollections.append(Recollection(memory, reading.answer, confidence, similarity))
-    return recollections
+    recollections = (_recollect(agent, query, memory, similarity) for memory, similarity in found)
+    return [one for one in recollections if one is not None]
 
 
 def sight(visual, vision):

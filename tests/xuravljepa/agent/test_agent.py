@@ -44,6 +44,7 @@ def heads_of(model, doubt):
     config = AgentConfig.for_model(model.config)
     heads = AgentHeads(config, model.config.predictor, rng=np.random.default_rng(1))
     heads.monitor.output.weight.data[:] = 0
+    heads.monitor.trust.data[:] = 0
     heads.monitor.output.bias.data[:] = doubt
     for write in getattr(heads.injector, "writes", ()):
         write.gain.data[:] = 0.3

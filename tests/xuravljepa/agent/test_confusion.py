@@ -6,7 +6,7 @@ import pytest
 import xuracore as xc
 from xuracore.errors import ConfigError, ShapeError
 from xuravljepa.agent.confusion import (
-    NUMBERS, UNCHARTED, ConfusionMonitor, Familiarity, MonitorConfig, monitor_features,
+    NUMBERS, UNCHARTED, ConfusionMonitor, Familiarity, MonitorConfig, monitor_features, views,
 )
 
 CONFIG = MonitorConfig(read_dim=5, vision_dim=4, hidden=8)
@@ -45,8 +45,8 @@ def test_what_is_not_a_number_is_wrong():
 
 def test_the_probability_is_the_logistic_function_of_the_cooled_logit():
     monitor, x = ConfusionMonitor(CONFIG), features()
-    monitor.temperature[...] = 2.5
-    z = monitor(x).data / 2.5
+    monitor.temperature[...], monitor.offset[...] = 2.5, 0.3
+    z = monitor(x).data / 2.5 + 0.3
     np.testing.assert_allclose(monitor.p_wrong(x), 1 / (1 + np.exp(-z)), rtol=1e-6)
     assert not monitor(x).detach().requires_grad and xc.is_grad_enabled()
 
@@ -60,15 +60,30 @@ def test_features_are_scaled_to_what_was_seen():
     np.testing.assert_allclose(scaled.std(axis=0)[spread > 1], 1, atol=1e-2)
 
 
+def test_a_new_monitor_ranks_as_the_agreement_of_views_does():
+    monitor, x = ConfusionMonitor(CONFIG), features(50)
+    monitor.fit_scale(x)
+    np.testing.assert_array_equal(monitor(x).data, x[:, 5])
+
+
+def test_left_out_units_count_for_nothing():
+    monitor, x = ConfusionMonitor(CONFIG), features(4)
+    monitor.output.weight.data[:] = 1
+    none = monitor(x, np.zeros((4, 8), np.float32)).data
+    np.testing.assert_allclose(none, x[:, 5] + monitor.output.bias.data, rtol=1e-6)
+    assert np.abs(none - monitor(x, np.ones((4, 8), np.float32)).data).min() > 1e-4
+
+
 def test_it_learns_which_answers_are_wrong():
+    """From the pooled features, where the softmax says nothing."""
     rng = np.random.default_rng(0)
     wrong = (rng.random(200) < 0.3).astype(np.float32)
-    cosines = rng.uniform(-1, 0.3, (200, 7))
-    cosines[np.arange(200), 0] = np.where(wrong, 0.35, 0.9)
-    x = features(200, cosines=cosines)
+    pooled = rng.standard_normal((200, 5)).astype(np.float32)
+    pooled[:, 0] = 3 * wrong - 1.5
+    x = features(200, pooled=pooled)
     monitor = ConfusionMonitor(CONFIG)
     monitor.fit_scale(x)
-    for _ in range(80):
+    for _ in range(200):
         xc.ops.bce_with_logits(monitor(x), wrong).backward()
         for parameter in monitor.parameters():
             parameter.data -= 0.5 * parameter.grad
@@ -84,8 +99,9 @@ def test_calibration_finds_the_temperature_of_overconfident_logits(temperature):
     honest = rng.standard_normal(40_000) * 2
     wrong = (rng.random(40_000) < 1 / (1 + np.exp(-honest))).astype(int)
     monitor = ConfusionMonitor(CONFIG)
-    monitor.calibrate(honest * temperature, wrong)
+    monitor.calibrate((honest - 1.5) * temperature, wrong)
     assert float(monitor.temperature) == pytest.approx(temperature, rel=0.03)
+    assert float(monitor.offset) == pytest.approx(1.5, abs=0.05)
     assert monitor.state_dict()["temperature"].shape == ()
 
 
@@ -106,12 +122,28 @@ def test_the_numbers_are_what_they_are_called():
     gate, strangeness = np.array([0.25, 0.75]), np.arange(6.0).reshape(2, 3)
     x = monitor_features(np.zeros((2, 5)), cosines, 10.0, gate, strangeness, 2, np.array([0.1, 0.2]))
     assert x.shape == (2, WIDTH) and x.dtype == np.float32
+    moved = [np.array([[0.2, 0.9, 0.1], [0.5, 0.5, 0.5]]), np.array([[0.9, 0.4, 0.7], [0.1, 0.5, 0.6]])]
+    several = monitor_features(np.zeros((2, 5)), cosines, 10.0, gate, strangeness, 2, np.array([0.1, 0.2]), moved)
     named = dict(zip(NUMBERS, x[:, 5:].T))
+    views_named = dict(zip(NUMBERS, several[:, 5:].T))
     np.testing.assert_allclose(named["top cosine"], [0.9, 0.5])
     np.testing.assert_allclose(named["margin"], [0.2, 0], atol=1e-7)
     p = np.exp(10 * cosines) / np.exp(10 * cosines).sum(axis=1, keepdims=True)
-    np.testing.assert_allclose(named["top probability"], p.max(axis=1), rtol=1e-6)
-    np.testing.assert_allclose(named["entropy"], -(p * np.log(p)).sum(axis=1), rtol=1e-6)
+    each = [np.exp(10 * c) / np.exp(10 * c).sum(axis=1, keepdims=True) for c in (cosines, *moved)]
+    mean = sum(each) / 3
+
+    def entropy(p):
+        return -(p * np.log(p)).sum(axis=1)
+
+    np.testing.assert_allclose(named["top probability"], np.log(1 / p.max(axis=1) - 1), rtol=1e-5)
+    np.testing.assert_array_equal(named["agreement"], named["top probability"])
+    np.testing.assert_allclose(views_named["agreement"], np.log(1 / mean[:, 0] - 1), rtol=1e-5)
+    np.testing.assert_array_equal(views_named["top probability"], named["top probability"])
+    np.testing.assert_allclose(named["entropy"], np.log(entropy(p)), rtol=1e-4)
+    np.testing.assert_allclose(views_named["entropy over views"], np.log(entropy(mean)), rtol=1e-4)
+    apart = entropy(mean) - sum(map(entropy, each)) / 3
+    np.testing.assert_allclose(views_named["spread of views"], np.log(apart + 1e-6), rtol=1e-3)
+    np.testing.assert_allclose(named["spread of views"], np.log(1e-6), rtol=1e-3)
     np.testing.assert_allclose(named["gate"], [0.25, 0.75])
     np.testing.assert_allclose(named["strangeness of [CLS]"], [0, 3])
     np.testing.assert_allclose(named["greatest strangeness of a patch"], [2, 5])
@@ -142,6 +174,19 @@ def test_features_are_finite_on_extreme_input(given):
 def test_without_answers_there_is_nothing_to_look_at():
     with pytest.raises(ShapeError, match="no known answers"):
         features(cosines=np.zeros((6, 0)))
+
+
+# ---------------------------------------------------------------------- views
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 2, 3, 8, 8)], ids=["picture", "clip"])
+def test_views_are_the_picture_and_the_picture_moved(shape):
+    pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    found = views(pixels, 2)
+    assert found.shape == (shape[0], 3, *shape[1:])
+    np.testing.assert_array_equal(found[:, 0], pixels)
+    np.testing.assert_array_equal(found[:, 1, ..., :-2, :-2], pixels[..., 2:, 2:])
+    np.testing.assert_array_equal(found[:, 2, ..., 2:, 2:], pixels[..., :-2, :-2])
+    np.testing.assert_array_equal(found[:, 1, ..., -1, -1], pixels[..., -1, -1])
+    np.testing.assert_array_equal(views(pixels, 0), pixels[:, None])
 
 
 # ---------------------------------------------------------------------- familiarity
@@ -178,14 +223,16 @@ def test_what_was_fitted_is_part_of_the_state():
 
 
 def test_sizes_are_positive():
-    with pytest.raises(ConfigError, match="hidden is 0"):
-        MonitorConfig(hidden=0)
+    for wrong, message in (({"hidden": 0}, "hidden is 0"), ({"shift": -1}, "shift is -1")):
+        with pytest.raises(ConfigError, match=message):
+            MonitorConfig(**wrong)
 
 
 def test_a_picture_beyond_all_that_was_calibrated_is_never_answered_with_confidence():
     monitor = ConfusionMonitor(MonitorConfig(read_dim=4, vision_dim=4, hidden=4))
     features = np.random.default_rng(0).standard_normal((50, 4 + len(NUMBERS))).astype(np.float32)
     monitor.output.bias.data[:] = -5  # sure of everything
+    monitor.trust.data[:] = 0
     monitor.fit_limit(features)
     assert (monitor.p_wrong(features) < UNCHARTED).all()
     features[7, 4 + NUMBERS.index("mean strangeness of patches")] += 100

@@ -1,13 +1,13 @@
 """What a stream showed can be asked afterwards: with its times, after a restart, with the answer of then."""
 
 import os
-import re
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from training.data.memory_data import memory_rows
 from xuracore import io
 from xuracore.errors import ConfigError, FormatError, ShapeError
 from xuravljepa.agent import memory as memories
@@ -15,7 +15,9 @@ from xuravljepa.agent.agent import Agent
 from xuravljepa.agent.errors import MemoryBusyError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.memory import MemoryConfig
-from xuravljepa.agent.recall import EARLIER, frames_in, picture_of
+from xuravljepa.agent import recall
+from xuravljepa.agent.recall import InThePresent, Recollection, frames_in, in_the_present, picture_of
+from xuravljepa.agent.tools import ToolRequest
 from xuravljepa.agent.selective import Decode, SelectiveConfig, SelectiveDecoder
 from xuravljepa.model import VLJEPA
 from xuravljepa.presets import VLJEPAConfig
@@ -41,6 +43,7 @@ def agent_of(model, **more):
     """An agent that always doubts."""
     heads = AgentHeads(AgentConfig.for_model(model.config), model.config.predictor, rng=np.random.default_rng(1))
     heads.monitor.output.weight.data[:] = 0
+    heads.monitor.trust.data[:] = 0
     heads.monitor.output.bias.data[:] = 4.0
     return Agent(model, heads, **more)
 
@@ -137,10 +140,10 @@ def test_the_agent_searches_its_memory_itself(agent, tmp_path):
     reply = agent.ask(picture(7), f"earlier: {ASKED}")
     (call,) = reply.tool_calls[:1]
     assert call["tool"] == "memory_search" and call["ok"] and call["arguments"] == {"question": ASKED}
-    expected = max(agent.recall(ASKED), key=lambda one: one.confidence)
-    assert call["result"] == expected.answer
+    recalled = agent.recall(ASKED)
+    assert [one.memory.time for one in recalled] == [NOW + 1, NOW]
     value = reply.trace.calls()[0].result.value
-    assert [entry["time"] for entry in value] == [NOW + 1, NOW]
+    assert call["result"] == recalled[len(value) - 1].answer and value[0]["time"] == NOW + 1
     assert agent.ask(None, ASKED).tool_calls == []
 
 
@@ -320,7 +323,47 @@ def test_a_state_cannot_stand_in_for_a_picture(agent, model, tmp_path):
     assert reply.trace.steps[0].candidates == honest.trace.steps[0].candidates
 
 
-def test_only_what_speaks_of_earlier_goes_to_memory():
-    pattern = re.compile(EARLIER, re.IGNORECASE)
-    assert pattern.search("Earlier, what was it?")[1] == "what was it?"
-    assert not pattern.search("what is earlier than red?") and not pattern.search("beforehand?")
+@pytest.mark.parametrize("question, present", [
+    ("Earlier, what was it?", "what is it?"), ("was there a red circle before?", "is there a red circle?"),
+    ("did you see an orange square earlier?", "do you see an orange square?"),
+    ("have you seen a red circle before?", "do you see a red circle?"),
+    ("how many circles did you see earlier?", "how many circles are there?"),
+    ("previously, was there a red circle?", "is there a red circle?"),
+    ("was a red circle there earlier?", "is there a red circle?"), ("before: what shape is the red one?", ASKED),
+    ("what shape was the red one before?", ASKED)])
+def test_what_speaks_of_earlier_goes_to_memory_in_the_present_tense(question, present):
+    source = InThePresent()
+    assert source.pattern.search(question) and source.resolve("question", question, {}, None) == present
+
+
+@pytest.mark.parametrize("question", ["what is earlier than red?", "beforehand?", "is there a red circle before?",
+                                      "earlier", "was there a red circle?", "which is before the last?"])
+def test_other_questions_do_not(question):
+    assert not InThePresent().pattern.search(question)
+
+
+def test_every_question_about_earlier_that_is_taught_is_understood():
+    for templates in ("train", "paraphrase"):
+        for row in memory_rows("val", 40, templates=templates):
+            assert InThePresent().pattern.search(row.query)
+            assert in_the_present(row.query).split()[-2:] == row.tool["arguments"]["question"].split()[-2:] or (
+                row.type == "earlier count" and in_the_present(row.query) == row.tool["arguments"]["question"])
+
+
+def test_memory_answers_for_all_pictures_or_for_the_last(agent, tmp_path, monkeypatch):
+    """Yes if it was so in any of them; else the newest picture counts, and never the one in view."""
+    agent.open_memory(tmp_path, KEPT, tool=True)
+    watch(agent, [0, 1, 2, 3], [NOW, NOW + 1, NOW + 2, NOW + 3])  # 3 stays in view
+    said, asked = {0: "yes", 1: "no", 2: "no"}, []
+
+    def recollect(agent, query, memory, similarity=None):
+        asked.append(memory.number)
+        return Recollection(memory, said[memory.number], 0.9)
+
+    monkeypatch.setattr(recall, "_recollect", recollect)
+    call = agent.tools.run(ToolRequest("memory_search", {"question": "is there a red circle?"}))
+    assert (call.text, asked) == ("yes", [2, 1, 0])
+    said.update({0: "no"})
+    assert agent.tools.run(ToolRequest("memory_search", {"question": "is there a red circle?"})).text == "no"
+    said.update({2: "circle", 1: "square"})
+    assert agent.tools.run(ToolRequest("memory_search", {"question": ASKED})).text == "circle"
