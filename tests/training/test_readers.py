@@ -175,8 +175,10 @@ def test_columns_can_be_named(tmp_path):
 def test_pictures_may_lie_elsewhere(tmp_path):
     put(tmp_path, {"a/chat.json": [{"id": 1, "image": "x/1.png", "conversations": [
         {"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]}], "b/x/1.png": png()})
-    (row,) = open_dataset(tmp_path / "a", settings=Settings(images=tmp_path / "b")).rows
-    assert row.image == tmp_path / "b" / "x" / "1.png"
+    put(tmp_path, {"m/manifest.jsonl": '{"image": "x/1.png", "caption": "c"}', "t/t.csv": "image,title\nx/1.png,c\n"})
+    for name in ("a", "m", "t"):
+        (row,) = open_dataset(tmp_path / name, settings=Settings(images=tmp_path / "b")).rows
+        assert row.image == tmp_path / "b" / "x" / "1.png"
 
 
 def test_what_is_not_recognised_or_not_alone_is_named(tmp_path):

@@ -90,10 +90,10 @@ def read_manifest(path, max_bad_fraction=0.0, check_files=True):
     return Manifest(path, good, tuple(bad.rows))
 
 
-def entries(path, check_files=True):
-    """The Entry of every line of a manifest that is not blank."""
+def entries(path, check_files=True, root=None):
+    """The Entry of every line of a manifest that is not blank.   root : of the pictures (default: beside it)."""
     path = Path(path)
-    folder, decoder = Folder(path.parent, check_files), Decoder()
+    folder, decoder = Folder(root or path.parent, check_files), Decoder()
     for number, line in lines(path):
         try:
             yield Entry(path, number, _decode(line, decoder), folder)

@@ -16,4 +16,4 @@ def find(path):
 def entries(files, settings):
     """One Entry per line."""
     for file in files:
-        yield from manifest.entries(file)
+        yield from manifest.entries(file, root=settings.images)
