@@ -197,10 +197,10 @@ class Window:
 
 
 def samples_of(batch):
-    """How many samples: the length of the first array of a dict or tuple, or of the batch itself."""
+    """How many samples: the length of the first array of a dict (of dicts) or tuple, or of the batch itself."""
     if isinstance(batch, dict):
-        batch = next(iter(batch.values()))
-    elif isinstance(batch, tuple):
+        return samples_of(next(value for value in batch.values() if value is not None))
+    if isinstance(batch, tuple):
         batch = batch[0]
     return len(batch)
 
