@@ -35,6 +35,7 @@ examples:
   python training/scripts/train_jepa.py --data-dir my/pictures --preset small --vit vit-small --epochs 10
 """
 NUMBERS = tuple(str(n) for n in range(31))
+LARGEST_CLOSED_SET = 20_000
 
 
 def own_data(args):
@@ -118,7 +119,7 @@ def objective_config(args, answers, steps):
     target = args.target or ("frozen" if args.loss in objective.REGRESSIONS or not args.y_encoder_lr_multiplier
                              else "online")
     negatives = args.negatives or ("bank" if args.bank_every else "all" if answers <= 512 else
-                                   "bank" if answers <= 20_000 else "batch")
+                                   "bank" if answers <= LARGEST_CLOSED_SET else "batch")
     if (args.negatives or args.bank_every) and args.loss not in ("nce", "sigmoid"):
         raise ConfigError(f"--negatives and --bank-every are for nce and sigmoid; --loss {args.loss} takes none but its "
                           "batch's")
@@ -148,6 +149,21 @@ def accuracy_by_type(model, rows, features, batch_size=256):
                 for name in (row.type or "untyped", "all"):
                     hits.setdefault(name, []).append(text == row.answer)
     return {name: float(np.mean(values)) for name, values in sorted(hits.items())}
+
+
+def closed_set(train_rows, held_rows, generated):
+    """The answers that the model will choose from: all of them, or where those are too many, those held out."""
+    answers = {row.answer for row in [*train_rows, *held_rows]} - {None}
+    if len(answers) > LARGEST_CLOSED_SET:
+        answers = {row.answer for row in watched(held_rows)}
+    return tuple(sorted(answers | set(NUMBERS if generated else ())))
+
+
+def watched(held_rows):
+    """About three thousand of the rows held out, which say how the training goes.  FormatError without any."""
+    if not held_rows:
+        raise FormatError("there are too few usable pictures to hold some out for validation")
+    return held_rows[:: max(1, len(held_rows) // 3000)]
 
 
 def encoder_options(parser):
@@ -202,11 +218,9 @@ def main(argv=None):
     check_encoder_options(args)
     rng = np.random.default_rng(args.seed + 1)
     train_rows, held_rows, bad = data_sets(args)
+    watched(held_rows)  # there are some
     generated = bad is None
-    if not held_rows:
-        raise FormatError("too few pictures to hold some out for validation", args.data_dir)
-    answers = {row.answer for row in [*train_rows, *held_rows]} - {None}
-    answers = tuple(sorted(answers | set(NUMBERS if generated else ())))
+    answers = closed_set(train_rows, held_rows, generated)
     config = VLJEPAConfig.preset(args.preset)
     config = config.replace(predictor=config.predictor.replace(bidirectional=args.bidirectional, pool=args.pool))
     encoder = first_encoder(args, config, rng)
@@ -240,6 +254,11 @@ def main(argv=None):
     if bad is not None:
         train_rows, held_rows = pictures.usable(train_rows), pictures.usable(held_rows)
         arguments.report_bad(bad, args.output_dir if args._ranks.leads else None, args.quiet)
+    held = watched(held_rows)
+    distinct = len({row.answer for row in train_rows} | set(answers))
+    if bad is not None:
+        answers = closed_set(train_rows, held_rows, generated)
+        model.config = model.config.replace(answers=answers)
     lesson = args.lesson if args.lesson is not None else 600 if generated and not args.tiny else 0
     batches = jepa.QuestionBatches(model, train_rows, pictures, options.whole_batch(args), args.seed, args.turns,
                                    lesson, typos=args.typos, ranks=args._ranks)
@@ -247,7 +266,7 @@ def main(argv=None):
         batches = end_to_end.MovedBatches(batches, args.augment, options.whole_batch(args), args.seed, args._ranks)
     steps = max(1, args.epochs * len(batches) // args.accumulate) if args.epochs else args.steps
     steps = steps or args._defaults["steps"]
-    settings = objective_config(args, len(answers), steps)
+    settings = objective_config(args, distinct, steps)
     written = any(row.answer is None for row in train_rows)
     learns = {"predictor": True, "log_scale": True, "y_encoder": settings.target != "frozen", "y_decoder": written,
               "x_encoder": args.train_encoder}
@@ -256,7 +275,6 @@ def main(argv=None):
     training = objective.Training(model, objective.Objective(settings, model, [jepa.target(row) for row in train_rows]))
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(pictures):,} pictures, {len(answers)} answers")
-    held = held_rows[:: max(1, len(held_rows) // 3000)]
     result, trainer = options.train(
         training, answer_loss, batches, args, steps=steps,
         lr_scales={"model.y_encoder": args.y_encoder_lr_multiplier},
