@@ -7,6 +7,7 @@ element, and a document that is no JSON ends with its line.
 
 import json
 import math
+from collections import Counter
 
 from training.data.bad import Refused
 from xuracore.errors import FormatError
@@ -55,8 +56,7 @@ class Decoder:
     def _unique(self, pairs):
         value = dict(pairs)
         if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             self._fault = Refused(f"the key {twice[:80]!r} appears twice in one object")
         return value
 
