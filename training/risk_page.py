@@ -23,8 +23,10 @@ table { font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .4rem; text-align: right; border-bottom: 1px solid var(--line); }
 td, tbody th { white-space: nowrap; }
 th:first-child { text-align: left; } thead th { color: var(--quiet); font-weight: 600; font-size: .85rem; }
-td small { display: block; color: var(--quiet); font-size: .7rem; font-weight: 400; } td.best { color: var(--good); font-weight: 600; }
-tr.monitor { background: #f2f6fb; } .charts { display: flex; flex-wrap: wrap; gap: .5rem; margin: .6rem 0; }
+td small { display: block; color: var(--quiet); font-size: .7rem; font-weight: 400; }
+td.best { color: var(--good); font-weight: 600; }
+tr.monitor { background: #f2f6fb; }
+.charts { display: flex; flex-wrap: wrap; gap: .5rem; margin: .6rem 0; }
 .charts svg { max-width: 100%; height: auto; flex: 1 1 460px; }
 """
 

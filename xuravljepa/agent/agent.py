@@ -124,7 +124,7 @@ class Agent:
     def usefulness(self):
         """What taking in a tool's result was found to do on validation questions."""
         config = self.heads.config
-        return Usefulness(config.fixes, config.breaks, config.cost)
+        return Usefulness(config.fixes, config.breaks, config.cost, config.errs)
 
     @property
     def seen(self):
@@ -164,7 +164,7 @@ class Agent:
             image=self._picture, expected=expected,
             started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
-        outcome = layer.run(question, ask=lambda text: self._plain_answer(visual, text), run=run)
+        outcome = layer.run(question, ask=lambda text: self.plain_answer(visual, text), run=run)
         # The states of the first reading: what a tool said counts for its question only.
         self._states, self._turn = reader.after, 0 if reader.looked else self._turn + 1
         calls = [{"tool": step.tool, "arguments": step.arguments, "result": step.result.text,
@@ -212,10 +212,16 @@ class Agent:
         """pixels (1, 3, S, S) → visual tokens (views, n, d): of the picture and, for a monitor, of it moved."""
         return self.model.visual_tokens(views(pixels, self.heads.monitor.config.shift if self.trained else 0)[0])
 
-    def glance(self, query, visual):
-        """(Reading, confidence) without tools; query : of ``model.query_tokens``, visual : of ``view``."""
-        reading = _Reader(self.model, self.heads, query, visual).read(None)
-        return reading, 1 - _Monitor(self.heads, self.trained).p_wrong(reading, 0)
+    def glance(self, query, visual, told=()):
+        """(Reading, confidence) without a loop; query : of ``model.query_tokens``, visual : of ``view``.
+
+        told : ``ToolResult``s that are taken in one after the other.
+        """
+        reader = _Reader(self.model, self.heads, query, visual)
+        reading = reader.read(None)
+        for result in told:
+            reading = reader.read(_Injector(self.model, self.heads).inject(reading, result)[0])
+        return reading, 1 - _Monitor(self.heads, self.trained).p_wrong(reading, len(told))
 
     def reset(self):
         """Forget the picture: the next question needs one.  The memory on the disk stays."""
@@ -232,7 +238,7 @@ class Agent:
         gate = reading.hidden["gate"]
         return self.auto_reset is not None and bool(angn.context_reset(gate[None], self.auto_reset)[0])
 
-    def _plain_answer(self, visual, question):
+    def plain_answer(self, visual, question):
         """The model's answer without doubt or tools: what fills a tool's argument."""
         reading = self.model.predictor(self.model.query_tokens([question]), visual[:1])
         return self.model.answer_bank()[0][int(self.model.similarities(reading.embedding).argmax())]

@@ -17,7 +17,8 @@ class AgentConfig(Config):
 
     confident_below, abstain_above : p(wrong) under which no tool is called, over which the answer is a guess.
     fixes, breaks : P(an injection makes a wrong answer right), P(it makes a right one wrong).
-    cost : of a call, in units of a right answer.   cards : {tool: the text that describes it}, as trained.
+    cost : of a call, in units of a right answer.   errs : how often a tool is taken to be wrong before anything is
+    known of it.   cards : {tool: the text that describes it}, as trained.
     """
 
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -28,6 +29,7 @@ class AgentConfig(Config):
     fixes: float = 0.9
     breaks: float = 0.02
     cost: float = 0.05
+    errs: float = 0.02
     cards: dict = field(default_factory=dict)
 
     @classmethod

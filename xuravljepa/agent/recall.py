@@ -29,7 +29,8 @@ EARLIER = (rf"^\s*{_MARK}\b[\s,:]*\S|"
 _PRESENT = (  # in this order
     (rf"^\s*{_MARK}\b[\s,:]*", ""), (rf"[\s,]*\b{_MARK}\s*([?.!]*)\s*$", r"\1"),
     (r"^have you seen\b", "do you see"), (r"\bdid you see\s*([?.!]*)$", r"are there\1"),
-    (r"^did you see\b", "do you see"), (r"^was (an? .+?) there\b", r"is there \1"), (r"\bwas\b", "is"), (r"\bwere\b", "are"), (r"\bdid\b", "does"),
+    (r"^did you see\b", "do you see"), (r"^was (an? .+?) there\b", r"is there \1"),
+    (r"\bwas\b", "is"), (r"\bwere\b", "are"), (r"\bdid\b", "does"),
 )
 MOST_SEARCHED = 64  # memories that one question is put to
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")

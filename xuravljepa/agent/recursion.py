@@ -9,6 +9,10 @@ This module is the control loop alone.  What reads, doubts, chooses and injects 
 plugs into them, and so does a test that tries to make the loop run forever.  The loop always ends within
 its budget and always has an answer, the best so far.  A tool's text is handed to the injector and to
 nothing else: it cannot register a tool, change a limit or steer the loop.
+
+A tool may err, or lie.  Where it changes an answer that was right with probability 1 - p, one of the two is
+wrong; by Bayes' rule it is the tool with probability e (1 - p) / (e (1 - p) + (1 - e) p), e being how often it
+errs (``Usefulness.errs``).  So against a sure answer a tool is not believed.
 """
 
 import dataclasses
@@ -25,6 +29,7 @@ from xuravljepa.agent.tools import ToolFailure, ToolRequest, ToolResult, Usefuln
 from xuravljepa.agent.trace import Run, Step, Trace
 
 MAX_PROPOSALS = 64
+DISBELIEF = 0.2  # probability that a tool is wrong from which the trace speaks of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +223,9 @@ class _Search:
             usefulness = proposal.usefulness or self.tools[proposal.tool].usefulness
             if usefulness.gain(self.best_p) > 0:
                 return proposal, None
-        return None, (self._settled(), {})
+        note = (f"not worth a call: {proposal.tool} mends {usefulness.fixes:.2f} of wrong answers and breaks "
+                f"{usefulness.breaks:.2f} of right ones")
+        return None, (self._settled(), {"note": note})
 
     def _arguments(self, proposal, tool):
         if proposal.arguments is not None:
@@ -259,8 +266,15 @@ class _Search:
 
     def _read_again(self, request, result, reading, change):
         self.meter.depth += 1
-        before, self.reading = self.p, reading
+        before, earlier, self.reading = self.p, self.reading, reading
         self.p, note = self._doubt(reading)
+        if reading.answer != earlier.answer:
+            astray = tool_astray(before, self.tools[request.tool].usefulness.errs)
+            if astray > max(self.p, DISBELIEF):
+                note = note or (f"the tool contradicts an answer of confidence {1 - before:.2f}: "
+                                f"it is the tool that is wrong with probability {astray:.2f}")
+            if astray:
+                self.p = 1 - (1 - self.p) * (1 - astray)
         self.rises += self.p > before
         if self.p < self.best_p:
             self.best, self.best_p = reading, self.p
@@ -303,6 +317,12 @@ class _Search:
             self.meter.seconds_left()
         self.trace.append(Step(len(self.trace.steps), self.meter.elapsed, action,
                                **({"answer": self.best.answer} | more)))
+
+
+def tool_astray(p, errs):
+    """P(the tool is wrong | it contradicts an answer that is wrong with probability p and itself errs so often)."""
+    tool, answer = errs * (1 - p), (1 - errs) * p
+    return tool / (tool + answer) if tool else 0.0
 
 
 def _failure(tool, error):

@@ -122,9 +122,10 @@ class Usefulness:
     fixes: float = 0.9  # P(the answer becomes right | it was wrong)
     breaks: float = 0.02  # P(the answer becomes wrong | it was right)
     cost: float = 0.05  # of one call, in units of a right answer
+    errs: float = 0.0  # P(what the tool says is wrong): how little it is believed against a sure answer
 
     def __post_init__(self):
-        for name in ("fixes", "breaks"):
+        for name in ("fixes", "breaks", "errs"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ToolError(f"Usefulness.{name} is a probability, not {getattr(self, name)}")
         if not 0 <= self.cost < float("inf"):
@@ -238,6 +239,10 @@ class ToolRegistry:
         tool = Tool(name, function, schema, arguments, when, isolation, limits, usefulness, takes_deadline)
         self._tools[name] = tool
         return tool
+
+    def appraise(self, name, usefulness):
+        """Replace what calling a tool is expected to do; raises ToolError where there is none of that name."""
+        self._tools[name] = dataclasses.replace(self.get(name), usefulness=usefulness)
 
     def remove(self, name):
         """Take a tool out; raises ToolError where there is none of that name."""

@@ -324,7 +324,7 @@ def test_the_time_of_a_question_is_not_spent_on_compiling(agent, monkeypatch):
 def test_registering_is_strict_and_inherits_the_expected_gain(agent):
     tool = agent.register_tool(price_of, arguments={"shop": Constant("zorba")})
     config = agent.heads.config
-    assert tool.usefulness == Usefulness(config.fixes, config.breaks, config.cost)
+    assert tool.usefulness == Usefulness(config.fixes, config.breaks, config.cost, config.errs)
     with pytest.raises(ToolError, match="already"):
         agent.register_tool(price_of)
     with pytest.raises(ToolError):

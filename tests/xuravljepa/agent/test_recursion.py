@@ -14,7 +14,7 @@ from xuravljepa.agent.budget import Budget
 from xuravljepa.agent.builtin import add, echo
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.recursion import (
-    Outcome, PatternSelector, Proposal, Reading, RecursionConfig, RecursionLayer)
+    Outcome, PatternSelector, Proposal, Reading, RecursionConfig, RecursionLayer, tool_astray)
 from xuravljepa.agent.sandbox import Limits
 from xuravljepa.agent.tools import ToolFailure, ToolRegistry, ToolResult, Usefulness
 from xuravljepa.agent.trace import REASONS, Replay, Trace, read_traces
@@ -243,6 +243,38 @@ def test_a_text_that_gives_orders_changes_nothing(registry):
     outcome = loop(Script([0.9]), registry, selector, config=config).run("?")
     assert registry.names() == names and config.budget.calls == 2
     assert outcome.calls[0][1].text == order and outcome.reason == "repeated_call"
+
+
+@pytest.mark.parametrize("p, errs, astray", [(0.5, 0.02, 0.02), (0.02, 0.02, 0.5), (0.01, 0.5, 0.99), (0.9, 0.0, 0.0),
+                                             (0.0, 0.1, 1.0), (1.0, 0.1, 0.0), (0.0, 0.0, 0.0), (0.3, 1.0, 1.0)])
+def test_a_contradiction_is_weighed_by_bayes_rule(p, errs, astray):
+    assert tool_astray(p, errs) == pytest.approx(astray)
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+def test_the_surer_the_answer_and_the_worse_the_tool_the_less_it_is_believed(p, errs, more):
+    assert 0 <= tool_astray(p, errs) <= 1
+    assert tool_astray(p * more, errs) >= tool_astray(p, errs) - 1e-9 or errs == 1
+    assert tool_astray(p, errs * more) <= tool_astray(p, errs) + 1e-9
+
+
+def test_a_tool_that_contradicts_a_sure_answer_is_not_believed():
+    """The monitor is content with either reading; what decides is that the first was sure and the tool may err."""
+    eager = RecursionConfig(confident_below=0.0)
+    for errs, answer in ((0.0, "lie"), (0.02, "answer 0")):
+        with ToolRegistry() as tools:
+            tools.register(echo, isolation="inline", usefulness=Usefulness(1.0, 0.0, 0.0, errs))
+            outcome = loop(Script([0.02, 0.01]), tools, Always(Proposal("echo", arguments={"text": "lie"})),
+                           config=eager).run("?")
+        assert outcome.answer == answer
+        assert ("contradicts" in outcome.trace.calls()[0].note) == bool(errs)
+
+
+def test_a_tool_that_is_not_worth_a_call_is_named():
+    with ToolRegistry() as tools:
+        tools.register(echo, isolation="inline", usefulness=Usefulness(0.03, 0.98, 0.05, 0.98))
+        outcome = loop(Script([0.9]), tools, Always(Proposal("echo", arguments={"text": "x"}))).run("?")
+    assert outcome.calls == [] and outcome.unsure and "echo mends 0.03" in outcome.trace.final.note
 
 
 def _hang() -> str:
