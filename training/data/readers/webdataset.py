@@ -45,14 +45,13 @@ def expand(pattern):
     for i, part in enumerate(parts):
         found = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", part) if i % 2 else None
         if found and int(found[1]) <= int(found[2]):
-            names = (f"{n:0{len(found[1])}d}" for n in range(int(found[1]), int(found[2]) + 1))
-            count = int(found[2]) - int(found[1]) + 1
+            first, last, width = int(found[1]), int(found[2]), len(found[1])
+            names = [f"{n:0{width}d}" for n in range(first, min(last, first + MAX_SHARDS) + 1)]
         elif i % 2 and "," not in part:
             raise ConfigError(f"{{{part}}} in {pattern!r} is neither a range such as {{000..015}} nor a list")
         else:
             names = part.split(",") if i % 2 else [part]
-            count = len(names)
-        total *= count
+        total *= len(names)
         if total > MAX_SHARDS:
             raise ConfigError(f"{pattern!r} stands for more than {MAX_SHARDS} archives")
         choices.append(names)
