@@ -277,6 +277,10 @@ def test_damaged_archives_are_named(damage, words, tmp_path):
     with pytest.raises(FormatError, match=words) as caught:
         open_dataset(path)
     assert str(path) in str(caught.value)
+    tar(tmp_path / "b.tar", {"2.png": png(), "2.txt": b"sound"})
+    found = open_dataset(str(tmp_path / "{a,b,c}.tar"), max_bad_fraction=0.8)
+    assert [row.caption for row in found.rows] == ["sound"]
+    assert {str(row).partition(" ")[0] for row in found.bad.rows} >= {f"{tmp_path / 'c.tar'}:"}
 
 
 def header(name, size, kind=b"0"):

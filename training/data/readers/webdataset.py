@@ -15,8 +15,8 @@ from training.data.bad import Refused
 from training.data.json_rows import Decoder
 from training.data.manifest import Entry
 from training.data.readers.settings import PICTURES, split_of
-from training.data.readers.tar import MAX_PICTURE, MAX_TEXT, TarPicture, members, read_part
-from xuracore.errors import ConfigError
+from training.data.readers.tar import MAX_PICTURE, MAX_TEXT, Member, TarPicture, members, read_part
+from xuracore.errors import ConfigError, FormatError
 
 TITLE = "WebDataset"
 ONE_ANSWER = True
@@ -59,15 +59,25 @@ def expand(pattern):
 
 
 def entries(files, settings):
-    """One Entry per sample; its line is the name of the member to blame, or of the picture."""
+    """One Entry per sample; its line is the name of the member to blame, or of the picture.
+
+    A damaged archive is one bad entry, after those before the damage.
+    """
     decoder = Decoder()
     for file in files:
         split = split_of(file.name)
-        for key, group in itertools.groupby(members(file), lambda member: _key(member.name)):
+        for key, group in itertools.groupby(_members(file), lambda member: _key(member.name)):
             for place, row in _rows(str(file), key, list(group), settings, decoder):
                 if isinstance(row, dict) and split is not None:
                     row.setdefault("split", split)
-                yield Entry(file, place, row, None)
+                yield Entry(file, place or None, row, None)
+
+
+def _members(file):
+    try:
+        yield from members(file)
+    except FormatError as error:
+        yield Member("", 0, 0, Refused(error.reason))
 
 
 def _key(name):
