@@ -1,6 +1,7 @@
 """``xura chat``: questions about pictures, one line after the other, on a terminal or from a pipe."""
 
 import contextlib
+import os
 import sys
 
 EXAMPLES = """\
@@ -11,7 +12,7 @@ examples:
 """
 HELP = """\
 a question        is answered about the picture
-:image FILE       look at another picture
+:image FILE       look at another picture; the name of a file alone does the same
 :trace            how the last answer came about
 :tools            what can be called in doubt
 :save FILE        write what was seen last
@@ -58,7 +59,7 @@ class Chat:
     COMMANDS = ("image", "trace", "tools", "save", "load", "memory", "help", "quit")
 
     def __init__(self, agent):
-        self.agent, self.reply, self.failed, self.over = agent, None, False, False
+        self.agent, self.reply, self.failed, self.over, self.seen = agent, None, False, False, False
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
 
     def talk(self):
@@ -98,6 +99,10 @@ class Chat:
         try:
             if line.startswith(":"):
                 self._command(*line[1:].split(None, 1))
+            elif line.lower() in ("help", "/help", "?", "quit", "/quit", "exit"):  # what people try first
+                self._command("help" if line.lower().lstrip("/") in ("help", "?") else "quit")
+            elif os.path.isfile(line):
+                self.image(line)
             else:
                 self.ask(line)
         except (XuraError, OSError) as error:
@@ -117,8 +122,12 @@ class Chat:
 
     # ------------------------------------------------------------------ turns
     def ask(self, question):
+        from xuracore.errors import ConfigError
         from xuravljepa import cli
 
+        self.agent.model.query_tokens([question])  # what is wrong with the question comes first
+        if not self.seen:
+            raise ConfigError("there is no picture yet: type the name of its file; :help lists the commands")
         with cli.compiling_notice():
             self.reply = self.agent.ask(None, question)
         print(f"{self.reply.text}  ({cli.how(self.reply, self.agent.trained)})", flush=True)
@@ -130,6 +139,7 @@ class Chat:
             self.agent.look(path)
             if self.agent.memory is not None:
                 self.agent.remember(source=path)
+        self.seen = True
         print(f"looking at {cli.printable(path)}", flush=True)
 
     def trace(self, _):
@@ -153,6 +163,7 @@ class Chat:
 
     def load(self, path):
         self.agent.load_state(path)
+        self.seen = True
         print("loaded: the picture is in view again")
 
     def memory(self, question):

@@ -65,6 +65,12 @@ def test_the_picture_stays_from_turn_to_turn(chat, folder):
     assert alone[1][1:] == out[4:]
 
 
+def test_the_name_of_a_file_brings_it_into_view_and_other_ways_to_ask_for_help_work(chat, folder):
+    code, out, err = chat([f"{folder}/a.png", ASKED, "help", "exit", ASKED])
+    assert (code, err) == (0, []) and out[:2] == chat([f":image {folder}/a.png", ASKED])[1]
+    assert "\n".join(out[2:]) == cli_chat.HELP
+
+
 def test_a_state_goes_on_in_another_chat(chat, folder):
     code, out, _ = chat([ASKED, ":save seen.state", ":quit", "never read"], folder / "a.png")
     assert code == 0 and out[2] == "saved" and len(out) == 3
