@@ -206,19 +206,39 @@ def exit_code(error):
 
 
 # ---------------------------------------------------------------------- work that is shared
+class Gathered(xc.Function):
+    """The rows of all ranks, of which this one's stand at ``start``.
+
+    Its gradient goes back to these, times the number of ranks: each computes the same from the whole, and the mean
+    over the ranks shall be the gradient.
+    """
+
+    def forward(save, x, *, ranks, start):
+        save(ranks.size, slice(start, start + len(x)))
+        return ranks.gather_rows(x)
+
+    def vjp(grad, saved, needs):
+        size, own = saved
+        return grad[own] * size
+
+
 def shared(function, ranks):
-    """``function`` of rows, which returns an array with a row for each, computed by each rank for its part."""
+    """``function`` of rows, which returns a row for each (array or Tensor), computed by each rank for its part."""
     if ranks.size == 1:
         return function
 
     def in_parts(rows):
         own = ranks.part(len(rows))
         some = rows[own] if own.start < own.stop else rows[:1]  # one row more, where only its shape counts
-        return ranks.gather_rows(function(some)[: own.stop - own.start])
+        found = function(some)[: own.stop - own.start]
+        if isinstance(found, xc.Tensor):
+            return Gathered.apply(found, ranks=ranks, start=own.start)
+        return ranks.gather_rows(found)
 
     return in_parts
 
 
+# ---------------------------------------------------------------------- a step of all
 class GradientMean:
     """Averages the gradients of some parameters over the ranks, flattened into one array per type."""
 

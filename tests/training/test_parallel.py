@@ -57,6 +57,23 @@ def test_gradients_are_added_up_and_what_no_rank_has_stays_away(on_ranks):
     assert on_ranks(2, work) == [[([1.5, 3], "float32"), ([1, 0.5], "float64"), ([2, 2], "float32"), None]] * 2
 
 
+@pytest.mark.parametrize("count", [5, 1])
+def test_shared_work_is_that_of_one_and_so_is_its_gradient(count, on_ranks):
+    x = np.arange(2.0 * count).reshape(count, 2)
+
+    def work(ranks):
+        weight = nn.Parameter(np.array([[1.0, 2.0], [3.0, 4.0]]))
+        made = parallel.shared(lambda rows: ops.matmul(rows, weight), ranks)(x)
+        (made * made).sum().backward()
+        array = parallel.shared(lambda rows: rows + 1, ranks)(x)
+        return made.data.tolist(), array.tolist(), weight.grad
+
+    (expected, array, gradient), = on_ranks(1, work)
+    found = on_ranks(3, work)
+    assert all((made, plain) == (expected, array) for made, plain, _ in found)
+    np.testing.assert_allclose(np.mean([each for _, _, each in found], axis=0), gradient)
+
+
 def test_ranks_drop_different_features():
     generators = [np.random.Generator(kind(3)) for kind in (np.random.PCG64, np.random.SFC64, np.random.MT19937)]
     states = [checkpoint.generator_state(g) for g in generators]

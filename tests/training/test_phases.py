@@ -53,7 +53,7 @@ def phase_1(rows, ranks=ALONE):
     model.y_decoder.requires_grad_(False)
     features = FeatureStore(model, rows)
     model.predictor.fit_vision(features.tokens)
-    training = Training(model, Objective(ObjectiveConfig(), model))
+    training = Training(model, Objective(ObjectiveConfig(), model, ranks=ranks))
     return training, jepa.answer_loss(), jepa.QuestionBatches(model, rows, features, 4, turns=2, lesson=2,
                                                                     ranks=ranks)
 

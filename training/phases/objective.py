@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.parallel import ALONE, shared
 from xuracore import no_grad, nn, ops, versions
 from xuracore.config import Config, require
 from xuracore.tensor import Tensor
@@ -68,10 +69,11 @@ class Objective(nn.Module):
     """See the module's text; what it remembers between steps is its state, and so part of a checkpoint.
 
     model : VLJEPA, whose Y-Encoder is copied for ``ema``.   answers : those of the training rows, repeated as
-    often as they come, for the prior.
+    often as they come, for the prior.   ranks : those that share the encoding of the texts.
     """
 
-    def __init__(self, config, model, answers=()):
+    def __init__(self, config, model, answers=(), ranks=ALONE):
+        self._ranks = ranks
         self.config, self._known = config, model.config.answers
         self._place = {text: i for i, text in enumerate(self._known)}
         counts = Counter(answers)
@@ -108,11 +110,12 @@ class Objective(nn.Module):
 
     def _targets(self, encoder, texts, further, learn):
         """(n, E) embeddings of both lists, on the tape where the encoder is to learn."""
+        encode = shared(encoder.encode, self._ranks)
         if learn:
-            encoded = encoder.encode(texts)
+            encoded = encode(texts)
         else:
             with no_grad():
-                encoded = Tensor(encoder.encode(texts).data)
+                encoded = Tensor(encode(texts).data)
         if not further:
             return encoded
         return ops.concatenate(encoded, Tensor(self.bank[[self._place[text] for text in further]]), axis=0)

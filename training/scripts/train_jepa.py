@@ -272,7 +272,8 @@ def main(argv=None):
               "x_encoder": args.train_encoder}
     for name in (name for name, wanted in learns.items() if wanted):
         getattr(model, name).requires_grad_()
-    training = objective.Training(model, objective.Objective(settings, model, [jepa.target(row) for row in train_rows]))
+    training = objective.Training(model, objective.Objective(settings, model, [jepa.target(row) for row in train_rows],
+                                                                   args._ranks))
     options.say(args, f"phase 1: {model.parameter_count(trainable_only=True):,} trained parameters, "
                 f"{len(train_rows):,} questions about {len(pictures):,} pictures, {len(answers)} answers")
     result, trainer = options.train(
