@@ -69,7 +69,8 @@ def data_sets(args):
     texts = Dataset.captions("train", scenes, args.data_seed, types=tuple(TEMPLATES), **how).rows
     held = Dataset.scenes("val", min(scenes, 300), args.data_seed, **how).rows
     known = Dataset.tools("val", min(scenes, 300), args.data_seed, pools=("known",), **how).rows
-    return [*train, *tools, *(texts if args.wordings == "wide" else ())], [*held, *known], None
+    again = [row for row in train if row.type in getattr(args, "twice", ())]
+    return [*train, *again, *tools, *(texts if args.wordings == "wide" else ())], [*held, *known], None
 
 
 def first_encoder(args, config, rng):
@@ -204,6 +205,8 @@ def main(argv=None):
     parser.add_argument("--model", metavar="DIR", help="go on from this model's weights; 'tiny' is the shipped one")
     parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="how generated questions are "
                         "put: in a few ways each, or in hundreds, and captions too (default)")
+    parser.add_argument("--twice", nargs="*", default=(), metavar="TYPE",
+                        help="types of generated questions that come twice as often, such as left_of")
     parser.add_argument("--typos", type=float, default=0.05, metavar="SHARE",
                         help="of the questions with one slip of the pen (default 0.05)")
     parser.add_argument("--bidirectional", action="store_true", help="a predictor whose layers read both ways: dearer, "
