@@ -4,7 +4,9 @@
 
 Every process has one thread.  Both train the tiny preset on generated scenes, one after the other in each round, and
 see the same samples in the same steps; so the curves are equal but for rounding.  Samples are questions; the rate is
-the median over the steps of all rounds, beside that of the fastest tenth.  Needs the extra 'mpi' and an mpirun.
+the median over the steps of all rounds, beside that of the fastest tenth.  A third run is of as many processes at the
+same time that do not know of each other, each with batch B: their rates together are what the machine has to give.
+Needs the extra 'mpi' and an mpirun.
 """
 
 import argparse
@@ -23,24 +25,27 @@ ROOT = Path(__file__).resolve().parents[2]
 FIRST = 3  # steps that also load and compile
 
 
-def command(args, ranks, folder):
-    """The words of a training whose whole batch is always the same."""
+def command(args, ranks, batch, folder):
+    """The words of a training."""
     launcher = [*shlex.split(args.mpirun), "-n", str(ranks)] if ranks > 1 else []
-    words = ["--scenes", args.scenes, "--steps", args.steps, "--batch-size", args.batch_size * args.ranks // ranks,
-             "--turns", args.turns, "--lesson", 0, "--wordings", "plain", "--log-every", 1, "--output-dir", folder,
+    words = ["--scenes", args.scenes, "--steps", args.steps, "--batch-size", batch, "--turns", args.turns,
+             "--lesson", 0, "--wordings", args.wordings, "--log-every", 1, "--output-dir", folder,
              "--quiet", "--threads", 1]
     return [*launcher, sys.executable, str(ROOT / "training/scripts/train_jepa.py"), *map(str, words)]
 
 
-def train(args, ranks, folder):
-    """The training records of the run's metrics.jsonl."""
+def train(args, folders, ranks, batch):
+    """Train into all ``folders`` at the same time; the training records of each run's metrics.jsonl."""
     allowed = {f"{name}_ALLOW_RUN_AS_ROOT{more}": "1" for name in ("OMPI", "PRTE") for more in ("", "_CONFIRM")}
     environment = {**os.environ, **allowed, "OPENBLAS_NUM_THREADS": "1", "XURA_NUM_THREADS": "1"}
-    done = subprocess.run(command(args, ranks, folder), env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"the run on {ranks} ranks failed:\n{done.stderr}")
-    records = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["split"] == "train"]
+    runs = [subprocess.Popen(command(args, ranks, batch, folder), env=environment, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True) for folder in folders]
+    told = [run.communicate()[1] for run in runs]
+    if any(run.returncode for run in runs):
+        raise SystemExit(f"a run on {ranks} ranks failed:\n" + "\n".join(told))
+    logs = [[json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            for folder in folders]
+    return [[record for record in records if record["split"] == "train"] for records in logs]
 
 
 def main():
@@ -48,6 +53,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2, metavar="N", help="processes (default 2)")
     parser.add_argument("--batch-size", type=int, default=16, metavar="B", help="of each of them (default 16)")
     parser.add_argument("--turns", type=int, default=8, metavar="N", help="questions per picture (default 8)")
+    parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="wide: captions too (default)")
     parser.add_argument("--scenes", type=int, default=60, metavar="N")
     parser.add_argument("--steps", type=int, default=30, metavar="N")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
@@ -55,31 +61,41 @@ def main():
     args = parser.parse_args()
     if not find_spec("mpi4py") or not which(shlex.split(args.mpirun)[0]):
         raise SystemExit("needs mpi4py and mpirun: pip install 'xura[mpi]', and an MPI (--mpirun names its launcher)")
-    found = {1: [], args.ranks: []}
+    one, many = f"1 rank, batch {args.batch_size * args.ranks}", f"{args.ranks} ranks, batch {args.batch_size} each"
+    apart = f"{args.ranks} runs apart, batch {args.batch_size} each"
+    cases = {one: (1, 1, args.batch_size * args.ranks), many: (1, args.ranks, args.batch_size),
+             apart: (args.ranks, 1, args.batch_size)}
+    found = {name: [] for name in cases}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(args.rounds):
-            for ranks in found:
-                found[ranks].append(train(args, ranks, f"{folder}/{ranks}-{number}"))
-    report(args, found)
+            for case, (name, (runs, ranks, batch)) in enumerate(cases.items()):
+                folders = [f"{folder}/{number}-{case}-{run}" for run in range(runs)]
+                found[name].append(train(args, folders, ranks, batch))
+    report_curves(args, {name: found[name][0][0] for name in (one, many)})
+    report_rates(found)
 
 
-def report(args, found):
-    one, many = found[1][0], found[args.ranks][0]
-    print(f"| step | 1 rank, batch {args.batch_size * args.ranks} | {args.ranks} ranks, batch {args.batch_size} each | "
-          "relative difference |\n|---|---|---|---|")
+def report_curves(args, curves):
+    """Print the losses of two runs at some steps, and how far apart they are at most."""
+    one, many = curves.values()
     off = [abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(one, many)]
+    print("| step | " + " | ".join(curves) + " | relative difference |\n|---|---|---|---|")
     for i in sorted({0, 1, 2, 4, 9, 19, 49, 99, args.steps - 1} & set(range(args.steps))):
         print(f"| {i + 1} | {one[i]['loss']:.6f} | {many[i]['loss']:.6f} | {off[i]:.1e} |")
     print(f"\nLargest relative difference over {args.steps} steps: {max(off):.1e}\n")
-    print("| | samples/s, median | fastest tenth | times one rank | peak memory of rank 0 |\n|---|---|---|---|---|")
-    rates = {ranks: sorted(record["samples_per_second"] for run in runs for record in run[FIRST:])
-             for ranks, runs in found.items()}
-    middle = {ranks: statistics.median(some) for ranks, some in rates.items()}
-    best = {ranks: some[-max(1, len(some) // 10)] for ranks, some in rates.items()}
-    for ranks, runs in found.items():
-        ratios = f"{middle[ranks] / middle[1]:.2f}× / {best[ranks] / best[1]:.2f}×"
-        peak = max(record["peak_mb"] for run in runs for record in run)
-        print(f"| {ranks} rank{'s' * (ranks > 1)} | {middle[ranks]:.0f} | {best[ranks]:.0f} | {ratios} | {peak} MB |")
+
+
+def report_rates(found):
+    """Print the samples a second of each case; runs at the same time are added up, step by step."""
+    print("| | samples/s, median | fastest tenth | times one rank | peak memory of a process |\n|---|---|---|---|---|")
+    first = None
+    for name, rounds in found.items():
+        rates = sorted(sum(record["samples_per_second"] for record in step)
+                       for runs in rounds for step in zip(*(run[FIRST:] for run in runs)))
+        middle, best = statistics.median(rates), rates[-max(1, len(rates) // 10)]
+        first = first or (middle, best)
+        peak = max(record["peak_mb"] for runs in rounds for run in runs for record in run)
+        print(f"| {name} | {middle:.0f} | {best:.0f} | {middle / first[0]:.2f}× / {best / first[1]:.2f}× | {peak} MB |")
 
 
 if __name__ == "__main__":
