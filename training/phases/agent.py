@@ -49,6 +49,7 @@ class InjectionBatches:
 def injection_objective(model, cards, weight_state=4.0, weight_answer=1.0, weight_tool=1.0):
     """The loss of stage 1 over a module with ``injector`` and ``selector``.
 
+    The teacher is followed where it understood the text, that is, says it when asked; phase 1 taught it numbers.
     cards : {tool name: text that describes it}.
     """
     names = tuple(cards)
@@ -63,19 +64,24 @@ def injection_objective(model, cards, weight_state=4.0, weight_answer=1.0, weigh
         with no_grad():
             states = model.predictor.look(query, batch["visual"])
             pooled = model.predictor.read(query, states).pooled
-            states = [_first(state, told) for state in states]
+            states = [_take(state, slice(told)) for state in states]
             taught = model.predictor.hear(model.tool_tokens(batch["said"]), states)
             knowledge = model.encode_answers(batch["said"])
-        target = np.array([place[text] for text in batch["answers"]])
+            target = np.array([place[text] for text in batch["answers"]])
+            understood = model.predictor.read(query[:told], taught).embedding.data @ bank.T
+            followed = np.flatnonzero(understood.argmax(axis=1) == target)
         injector = heads.injector
         metrics, loss = {}, 0.0
         after = injector.take_in(model.predictor, None, knowledge, states)
         reading = after.read(model.predictor, query[:told], injector.config.residual_layer)
         metrics["change"] = float(np.mean(after.change))
         if injector.config.mode in ("state", "token"):  # the others leave the states alone
-            unexplained = injection_loss(states, after.states, taught)
-            loss = unexplained * weight_state
-            metrics["explained"] = 1.0 - unexplained.item()
+            metrics["explained"] = 0.0
+            if len(followed):
+                unexplained = injection_loss(*([_take(state, followed) for state in each]
+                                               for each in (states, after.states, taught)))
+                loss = unexplained * (weight_state * len(followed) / told)
+                metrics["explained"] = 1.0 - unexplained.item()
         logits = ops.linear(reading.embedding, bank) * model.scale
         answer_loss = ops.cross_entropy(logits, target)
         wanted = np.array([0 if name is None else 1 + names.index(name) for name in batch["tools"]])
@@ -88,9 +94,9 @@ def injection_objective(model, cards, weight_state=4.0, weight_answer=1.0, weigh
     return loss_function
 
 
-def _first(state, count):
-    """The first ``count`` samples of a state."""
-    return type(state)(*(part[:count] for part in state))
+def _take(state, rows):
+    """Some samples of a state."""
+    return type(state)(*(part[rows] for part in state))
 
 
 def card_embeddings(model, cards):

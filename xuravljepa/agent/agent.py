@@ -68,7 +68,7 @@ class Agent:
     answer, or a stream begins a new segment; None: never.  memory : VisualMemory, see ``open_memory``.
     turns : how many questions in a row are read from one look.  A question without a picture is read from the
     states that the one before left behind, and the picture looked at again where that makes a doubtful answer,
-    or after so many turns.  0: every question looks afresh.
+    or after so many turns.  0: every question looks afresh.  ``looked`` says whether the last one did.
     """
 
     def __init__(self, model, heads=None, registry=None, recursion=None, name="", auto_reset=None, turns=16):
@@ -166,7 +166,8 @@ class Agent:
         )
         outcome = layer.run(question, ask=lambda text: self.plain_answer(visual, text), run=run)
         # The states of the first reading: what a tool said counts for its question only.
-        self._states, self._turn = reader.after, 0 if reader.looked else self._turn + 1
+        self._states, self.looked = reader.after, reader.looked
+        self._turn = 0 if reader.looked else self._turn + 1
         calls = [{"tool": step.tool, "arguments": step.arguments, "result": step.result.text,
                   "ok": step.result.ok, "error": step.result.error and step.result.error.message}
                  for step in outcome.trace.calls()]
@@ -226,7 +227,7 @@ class Agent:
     def reset(self):
         """Forget the picture: the next question needs one.  The memory on the disk stays."""
         self._visual, self._picture, self._pixels = None, "", None
-        self._states, self._turn = None, 0
+        self._states, self._turn, self.looked = None, 0, False
 
     def _carried(self, image):
         """The states to go on from, or None to look: at a picture that is given, and after enough turns."""
