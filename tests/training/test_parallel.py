@@ -317,6 +317,18 @@ def test_a_launcher_is_known_by_its_environment_and_names_the_extra(name, no_lau
         parallel.ranks(asked=True)
 
 
+@pytest.mark.parametrize("bound, expected", [({0: {0, 1, 2, 3}, 1: {0, 1, 2, 3}}, [2, 2]), ({0: {0, 1}, 1: {2}}, [1, 1]),
+                                             ({0: {0}, 1: {0}}, [1, 1])])
+def test_ranks_share_the_processors_of_their_machine(bound, expected, on_ranks, monkeypatch):
+    monkeypatch.setattr(parallel.xc, "get_num_threads", lambda: 8)
+
+    def work(ranks):
+        monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda pid: bound[ranks.rank], raising=False)
+        return parallel.threads_per_rank(ranks)
+
+    assert on_ranks(2, work) == expected
+
+
 class Aborting(Ranks):
     size = 2
 
