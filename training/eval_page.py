@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from training.evaluation.tables import COLUMNS, ORDER_SENTENCE, WRITTEN, blind, confidence, short, spread
+from training.evaluation.words import NOT_TAUGHT
 from training.phases.common import generator, row_picture
 from xuravljepa.agent.trace import printable
 from xuravljepa.image import read_rgb
@@ -25,18 +26,19 @@ TITLES = {"prior": "question only", "shuffled": "shuffled picture", "permuted": 
           "paraphrase": "unseen wording", "ood": "held-out pairs", "corrupt": "corrupted"}
 
 
-def write_html(path, result, answers=None):
+def write_html(path, result, answers=None, cards=None):
     """Write the page of an evaluation.
 
     Args:
         path: file to write.
         result: the dict that ``xura eval --json`` writes.
         answers: ``Answers`` to the test rows, for the galleries; None leaves them out.
+        cards: what ``choose_cards`` chose of them.
     """
-    Path(path).write_text(html_page(result, answers), encoding="utf-8", newline="\n")
+    Path(path).write_text(html_page(result, answers, cards), encoding="utf-8", newline="\n")
 
 
-def html_page(result, answers=None):
+def html_page(result, answers=None, cards=None):
     """The page as text; see ``write_html``."""
     about = result["about"]
     title = f"How well the model “{_model_name(about['model']['name'])}” answers"
@@ -45,7 +47,7 @@ def html_page(result, answers=None):
     if "answers" in measured:
         sections += [_types(measured["answers"]), _sort_of_clevr(measured["answers"])]
     if answers is not None:
-        sections += _galleries(answers, about["seed"])
+        sections += _galleries(answers, choose_cards(answers, about["seed"]) if cards is None else cards)
     if "answers" in measured:
         sections.append(_confusion(measured["answers"]["confusion"]))
     sections += [section(measured[name]) for name, section in (("words", _words), ("health", _health))
@@ -220,22 +222,24 @@ def _confusion(found):
 
 
 # ---------------------------------------------------------------------- galleries
-def _galleries(answers, seed):
+def choose_cards(answers, seed):
+    """{"wrong": indices, the surest first; "right": indices, drawn at random}, ``CARDS`` of each at most."""
     order = generator(seed, 31).permutation(len(answers.rows))
-    wrong = [i for i in order if answers.right[i] < 0.5]
-    right = [i for i in order if answers.right[i] >= 0.5]
-    budget, result = [PICTURE_BYTES], []
-    surest = sorted(wrong, key=lambda i: -answers.confidence[i])
-    for title, kind, chosen, total, note in (
-            ("Wrong answers", "wrong", _varied(surest, answers, PER_TYPE), len(wrong),
+    wrong = sorted((int(i) for i in order if answers.right[i] < 0.5), key=lambda i: -answers.confidence[i])
+    right = [int(i) for i in order if answers.right[i] >= 0.5]
+    return {"wrong": _varied(wrong, answers, PER_TYPE)[:CARDS], "right": _varied(right, answers, 1)[:CARDS]}
+
+
+def _galleries(answers, cards):
+    budget, result, wrong = [PICTURE_BYTES], [], int((answers.right < 0.5).sum())
+    for kind, title, total, note in (
+            ("wrong", "Wrong answers", wrong,
              f"The surest mistakes first, {PER_TYPE} of a type before others get a turn."),
-            ("Right answers", "right", _varied(right, answers, 1), len(right),
-             "Drawn at random, every type in turn.")):
-        cards = [_card(answers, i, kind, budget) for i in chosen[:CARDS]]
-        cards = [card for card in cards if card]
-        if cards:
-            shown = f"{len(cards)} of {total:,}. {note}"
-            result.append(_section(title, f'<div class="cards">{"".join(cards)}</div>', shown))
+            ("right", "Right answers", len(answers.rows) - wrong, "Drawn at random, every type in turn.")):
+        shown = [card for i in cards.get(kind, ()) if (card := _card(answers, i, kind, budget))]
+        if shown:
+            result.append(_section(title, f'<div class="cards">{"".join(shown)}</div>',
+                                   f"{len(shown)} of {total:,}. {note}"))
     return result
 
 
@@ -305,25 +309,28 @@ def _retrieval(found):
 
 
 def _words(found):
-    parts, notes = [], []
+    parts, note, texts = [], "", {kind: row for kind, row in found["texts"].items() if kind != "skipped"}
     if "answers" in found:
         rows = [["a right answer", _ranged(found["answers"]["exact"])],
                 ["the nearest answer", _ranged(found["answers"]["nearest"])]]
         parts.append(_table(["the decoder writes", "%"], rows))
-    for kind, row in found["texts"].items():
-        if kind == "skipped":
-            notes.append(f"Captions: {_text(row)}.")
-            continue
-        lines = [[title, *(_written(measure, cell) for measure, cell in row[name].items())]
-                 for name, title in (("own", "held against its own"), ("other", "another picture's"))]
-        heads = [f"<b>{_text(kind.replace('_', ' '))}</b>", *(WRITTEN[measure] for measure in row["own"])]
-        parts.append(_table(heads, lines))
-        parts.append(_table(["written", "expected"], [[_text(short(pair["written"], 160)),
-                                                       _text(short(pair["caption"], 160))]
-                                                      for pair in row["examples"]], "texts"))
-        if "note" in row:
-            parts.append(f'<p class="note">{_text(row["note"][:1].upper() + row["note"][1:])}</p>')
-    return _section("What the decoder writes", "\n".join(parts), " ".join(notes))
+    if texts:
+        present = [name for name in WRITTEN if any(name in row["own"] for row in texts.values())]
+        rows, examples = [], []
+        for kind, row in texts.items():
+            name = f"<b>{_text(short(kind.replace('_', ' ')))}</b>"
+            for title, cells in ((name, row["own"]), ("held against another picture's", row["other"])):
+                rows.append([title, *(_written(measure, cells[measure]) if measure in cells else ""
+                                      for measure in present)])
+            examples += [["" if i else name, _text(short(pair["written"], 120)), _text(short(pair["caption"], 120))]
+                         for i, pair in enumerate(row["examples"][:2])]
+        parts += [_table(["text", *(WRITTEN[measure] for measure in present)], rows),
+                  _table(["", "written", "expected"], examples, "texts")]
+        untaught = ", ".join(kind.replace("_", " ") for kind, row in texts.items() if "note" in row)
+        note = f"{untaught}: {NOT_TAUGHT}" if untaught else ""
+    else:
+        note = f"Captions: {found['texts']['skipped']}."
+    return _section("What the decoder writes", "\n".join(parts), _text(note[:1].upper() + note[1:]))
 
 
 def _written(measure, cell):

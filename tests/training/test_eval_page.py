@@ -179,7 +179,7 @@ def test_nothing_in_the_data_becomes_markup_and_nothing_is_loaded():
 def test_nothing_in_the_data_moves_the_cursor():
     cell = {"value": 0.5, "low": 0.4, "high": 0.6, "count": 2, "pictures": 2}
     answers = {"types": {"all": {"accuracy": cell}, HOSTILE: {"accuracy": cell}}, "controls": {"reordered": 0.0},
-               "confidence": {"judge": "x", "mean": 0.5, "auroc": None, "ece": 0.1}, "unknown": 0,
+               "confidence": {"mean": 0.5, "auroc": None, "ece": 0.1}, "unknown": 0,
                "blind": [HOSTILE]}
     said = tables.text({"about": about(), "answers": answers, "retrieval": {"skipped": HOSTILE}})
     assert "\x1b" not in said and "50.0 [40.0, 60.0]" in said
@@ -213,6 +213,8 @@ def test_a_thumbnail_of_a_small_picture_is_the_picture():
 
 def test_the_surest_mistakes_come_first_and_types_take_turns():
     answers = answers_to(40, np.zeros((4, 4, 3), np.uint8), set(range(40)))
+    cards = eval_page.choose_cards(answers, 0)
+    assert not cards["right"] and len(cards["wrong"]) == eval_page.CARDS and cards["wrong"][0] == 39
     order = sorted(range(40), key=lambda i: -answers.confidence[i])
     chosen = eval_page._varied(order, answers, 3)
     assert chosen[0] == 39 and sorted(chosen) == list(range(40))

@@ -65,7 +65,7 @@ def with_answers(rows):
 
 
 ROWS = with_answers(rows_about())
-MATERIAL = material.Material("rows", ROWS, ROWS[: len(ROWS) // 2])
+MATERIAL = material.Material("rows", ROWS, lambda: ROWS[: len(ROWS) // 2])
 
 
 # ---------------------------------------------------------------------- judging
@@ -124,7 +124,7 @@ def test_an_alarm_is_raised_where_the_picture_adds_nothing():
     report, _ = answers.measure(Seer(seen), MATERIAL, keys, INTERVALS)
     assert report["blind"] == ["kind 2"]
     assert "kind 2" in blind(report["blind"])
-    few = material.Material("few", ROWS[:40], ROWS[40:])
+    few = material.Material("few", ROWS[:40], lambda: ROWS[40:])
     assert answers.measure(Seer(seen), few, keys, INTERVALS)[0]["blind"] == []
 
 
@@ -186,7 +186,7 @@ def test_no_object_is_its_own_neighbour():
 
 def test_the_sort_of_clevr_table_has_its_six_subtypes_and_two_halves():
     rows = Dataset.scenes("test", 12).rows
-    seen = material.Material("scenes", rows, rows, splits={"ood": Dataset.scenes("ood", 6).rows}, generated=True)
+    seen = material.Material("scenes", rows, lambda: rows, splits={"ood": Dataset.scenes("ood", 6).rows}, generated=True)
     every = [*rows, *seen.splits["ood"]]
     table = answers.measure(Seer(every), seen, keys, INTERVALS)[0]["sort_of_clevr"]
     assert list(table) == ["note", "shape", "horizontal", "vertical", "non-relational", "closest_shape",
@@ -322,7 +322,7 @@ def test_own_data_are_measured_on_what_training_left_out(tmp_path, splits, wante
     write_rows(tmp_path, own_rows(splits))
     found = material.own(tmp_path, wanted)
     assert len(found.rows) == count
-    kept_apart = {row.id for row in found.prior_rows}.isdisjoint(row.id for row in found.rows)
+    kept_apart = {row.id for row in found.prior_rows()}.isdisjoint(row.id for row in found.rows)
     assert kept_apart != any("flatters" in note for note in found.notes)
 
 

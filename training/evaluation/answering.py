@@ -8,7 +8,6 @@ import numpy as np
 from training import metrics
 from training.phases.common import generator, image_key
 from training.phases.jepa import Example, collate
-from training.phases.monitor import Judge, ViewStore
 from xuracore import no_grad
 
 KIND = {True: "relational", False: "non-relational"}
@@ -19,9 +18,8 @@ VQA_ANNOTATORS = 10  # with so many answers to a question, a text that three peo
 class Answers:
     """What a model said to rows.
 
-    said (n,) texts.   right (n,) in [0, 1].   confidence (n,): 1 - p(wrong) of the monitor where there is one,
-    else the greatest probability of the answers' softmax.   embedding (n, E).   pictures (n,): numbers of the
-    pictures asked about.
+    said (n,) texts.   right (n,) in [0, 1].   confidence (n,): the greatest probability of the answers' softmax.
+    embedding (n, E).   pictures (n,): numbers of the pictures asked about.
     """
 
     rows: tuple
@@ -57,12 +55,12 @@ def encode_texts(model, texts, batch_size=256):
 
 
 @no_grad()
-def read(model, rows, features, shown=None, heads=None, candidates=None, report=None, batch_size=128):
+def read(model, rows, features, shown=None, candidates=None, report=None, batch_size=128):
     """Ask the model every row; an Answers.
 
     features : FeatureStore over the rows' pictures.   shown : rows whose pictures are shown instead.
-    heads : AgentHeads whose monitor gives the confidence.   candidates : texts to choose from instead of the model's
-    known answers; a row's own ``choices`` win over both.   report : called with (done, total).
+    candidates : texts to choose from instead of the model's known answers; a row's own ``choices`` win over both.
+    report : called with (done, total).
     """
     names = list(model.config.answers if candidates is None else candidates)  # none: only the embeddings count
     bank = encode_texts(model, names) if names else None
@@ -74,18 +72,9 @@ def read(model, rows, features, shown=None, heads=None, candidates=None, report=
         asked = rows[start : start + batch_size]
         seen = asked if shown is None else shown[start : start + batch_size]
         batch = collate(model, [Example(row, row.answer, None) for row in asked], None)
-        visual = features(seen)
-        if heads is None:
-            reading = model.predictor(batch["query"], visual)
-        else:  # apart, as the agent does, whose monitor knows the gates of the second reading
-            reading = model.predictor.read(batch["query"], model.predictor.look(batch["query"], visual))
-        embedding = reading.embedding.data
+        embedding = model.predictor(batch["query"], features(seen)).embedding.data
         embeddings.append(embedding)
         cosines = embedding @ bank.T if names else np.zeros((len(asked), 0), np.float32)
-        judged = None
-        if heads is not None and names:
-            views = ViewStore(model, heads.monitor.config.shift, seen)(seen)
-            judged = 1 - heads.monitor.p_wrong(Judge(model, heads).first(batch["query"], views)[0])
         for i, row in enumerate(asked):
             own, texts = cosines[i], names
             if row.choices:
@@ -97,7 +86,7 @@ def read(model, rows, features, shown=None, heads=None, candidates=None, report=
             best = int(own.argmax())
             said.append(texts[best])
             logits = (own.astype(np.float64) - own[best]) * scale
-            sure.append(1 / np.exp(logits).sum() if judged is None or row.choices else judged[i])
+            sure.append(1 / np.exp(logits).sum())
         if report is not None:
             report(start + len(asked), len(rows))
     right = np.array([score(text, row) for text, row in zip(said, rows)])

@@ -31,16 +31,16 @@ NOT_COMPARABLE = (
 FEW = 20  # questions of a type, below which nothing is said against it
 
 
-def measure(model, material, features, intervals, heads=None, report=None):
+def measure(model, material, features, intervals, report=None):
     """(report, Answers to the test rows).
 
     The report: {"types": {group: {column: cell}}, "controls": {…}, "confidence": {…}, "sort_of_clevr": …,
     "confusion": …, "unknown": n, "blind": [groups that are no better on their own picture than on another]}.
     """
     seed, rows = intervals.seed, material.rows
-    test = read(model, rows, features, heads=heads, report=report)
+    test = read(model, rows, features, report=report)
     columns = {"accuracy": (rows, test.right)}
-    prior = QuestionOnlyPrior(Dataset("prior", material.prior_rows))
+    prior = QuestionOnlyPrior(Dataset("prior", material.prior_rows()))
     guessed = [prior.answer(row.query, row.type) or "" for row in rows]
     columns["prior"] = rows, [score(text, row) for text, row in zip(guessed, rows)]
     if len(np.unique(test.pictures)) > 1:
@@ -57,7 +57,7 @@ def measure(model, material, features, intervals, heads=None, report=None):
     result = {
         "types": {name: {column: found[name] for column, found in cells.items() if name in found} for name in names},
         "controls": {"reordered": _reordered(model, test, seed)},
-        "confidence": confidence(test, "the largest softmax probability" if heads is None else "the monitor"),
+        "confidence": confidence(test),
         "unknown": sum(not known.intersection(row.answers) and not row.choices for row in rows),
         "confusion": confusion(test),
         "blind": [name for name in names if "gain" in cells and cells["gain"][name]["low"] <= 0
@@ -68,13 +68,12 @@ def measure(model, material, features, intervals, heads=None, report=None):
     return result, test
 
 
-def confidence(answers, judge):
-    """{"judge", "mean", "auroc", "ece"}: how well the confidence tells right from wrong; auroc None without both."""
+def confidence(answers):
+    """{"mean", "auroc", "ece"}: how well the confidence tells right from wrong; auroc None without both."""
     wrong = answers.right < 0.5
     sure = np.clip(answers.confidence, 0, 1)
     auroc = metrics.auroc(1 - sure, wrong) if 0 < wrong.sum() < len(wrong) else None
-    return {"judge": judge, "mean": float(sure.mean()), "auroc": auroc, "ece": metrics.expected_calibration_error(
-        sure, 1 - wrong)}
+    return {"mean": float(sure.mean()), "auroc": auroc, "ece": metrics.expected_calibration_error(sure, 1 - wrong)}
 
 
 def _permuted(answers, seed):

@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from typing import Callable
 
 from training.data.dataset import Dataset, open_dataset
 from training.data.scenes import Scene
@@ -20,7 +21,7 @@ TEXT_TYPES = ("caption_down", "colours", "shapes", "colours_of")
 class Material:
     """What to measure on.
 
-    rows : questions with answers about pictures.   prior_rows : rows of training, for the question-only prior.
+    rows : questions with answers about pictures.   prior_rows() : rows of training, for the question-only prior.
     texts : rows with a question that is answered by a text of its own, their ``caption``.
     splits : {column: further rows} that are measured beside them.   captions : rows with a picture and a caption.
     notes : what a reader should know about the choice.   bad : a BadRows, what was left out of a person's own data.
@@ -28,7 +29,7 @@ class Material:
 
     name: str
     rows: tuple
-    prior_rows: tuple
+    prior_rows: Callable
     captions: tuple = ()
     texts: tuple = ()
     splits: dict = field(default_factory=dict)
@@ -61,7 +62,7 @@ def generated(scenes, seed=0):
     return Material(
         f"{scenes} generated scenes of the split 'test', seed {seed}",
         Dataset.scenes("test", scenes, seed).rows,
-        Dataset.scenes("train", PRIOR_SCENES, seed).rows,
+        lambda: Dataset.scenes("train", PRIOR_SCENES, seed).rows,
         Dataset.captions("test", scenes, seed).rows,
         Dataset.captions("test", min(scenes, TEXT_SCENES), seed, types=TEXT_TYPES, templates="plain").rows,
         {"paraphrase": Dataset.scenes("test", half, seed, templates="paraphrase").rows,
@@ -116,7 +117,7 @@ def own(path, split=None, limit=None, data=None):
     if left:
         notes.append(f"{left} rows without a picture were left out")
     return Material(f"{path}, {chosen or 'all rows'}", tuple(row for row in picked if row.query and row.answer),
-                    tuple(prior), tuple(row for row in picked if row.caption and not _asks_for_text(row)),
+                    lambda: prior, tuple(row for row in picked if row.caption and not _asks_for_text(row)),
                     tuple(row for row in picked if _asks_for_text(row)), notes=tuple(notes), bad=data.bad)
 
 

@@ -26,9 +26,10 @@ def measure(model, rows, features, intervals, query=CAPTION_QUERY, report=None):
     rows, long = readable(model, rows)
     texts = list(dict.fromkeys(plain(row.caption) for row in rows))
     shown = ask_each(rows, query)
+    if long > len(rows):
+        return {"skipped": f"{long} of {long + len(rows)} captions are longer than the Y-Encoder of this model reads"}
     if len(texts) < 2 or len(shown) < 2:
-        why = f"; {long} are longer than the Y-Encoder of this model reads" if long else ""
-        return {"skipped": f"needs two pictures with different captions that the model can read{why}"}
+        return {"skipped": "needs two pictures with different captions"}
     pictures = read(model, shown, features, report=report).embedding
     captions = encode_texts(model, texts)
     row_of, column_of = ({key: i for i, key in enumerate(keys)} for keys in (map(image_key, shown), texts))

@@ -65,7 +65,7 @@ def answers(found):
 def confidence(found):
     """One sentence about how sure the model was."""
     auroc = "" if found["auroc"] is None else f", AUROC {found['auroc']:.3f}"
-    return (f"Confidence, by {found['judge']}: {100 * found['mean']:.1f} % on average, calibration error "
+    return (f"Confidence, the largest softmax probability: {100 * found['mean']:.1f} % on average, calibration error "
             f"{found['ece']:.3f}{auroc}")
 
 

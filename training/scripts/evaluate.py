@@ -20,6 +20,7 @@ from training.evaluation import agent as agent_reports
 from training.evaluation import answers, classes, health, material, retrieval, tables, words
 from training.evaluation.answering import Intervals, ask_each, picture_numbers, read
 from training.phases.common import FeatureStore
+from training.phases.monitor import gather_readings
 from xuracore import __version__, io, set_num_threads
 from xuracore.errors import ConfigError, FormatError
 from xuracore.io.atomic import write_atomically
@@ -142,13 +143,12 @@ def measure_model(args, agent, chosen, wanted, features):
     model, result, said = agent.model, {}, None
     intervals = Intervals(args.seed, args.resamples)
     asked = options.counter(args, "questions answered")
-    heads = agent.heads if agent.trained else None
     answerable = chosen.rows and (model.config.answers or all(row.choices for row in chosen.rows))
     if answerable and {"answers", "words", "health"} & set(wanted):
         if "answers" in wanted:
-            result["answers"], said = answers.measure(model, chosen, features, intervals, heads, asked)
+            result["answers"], said = answers.measure(model, chosen, features, intervals, asked)
         else:
-            said = read(model, chosen.rows, features, heads=heads, report=asked)
+            said = read(model, chosen.rows, features, report=asked)
     elif "answers" in wanted:
         result["answers"] = {"skipped": "there are no questions about pictures, or the model was taught no answers"}
     if "classes" in wanted:
@@ -239,7 +239,13 @@ def main(argv=None):
     if args.predictions and said is not None:
         write_predictions(args.predictions, said)
     if args.html:
-        eval_page.write_html(args.html, result, said)
+        cards = {} if said is None else eval_page.choose_cards(said, args.seed)
+        shown = [i for part in cards.values() for i in part]
+        if agent.trained and shown:  # what the agent itself would say of these, by its monitor
+            rows = [said.rows[i] for i in shown]
+            found = gather_readings(agent.model, agent.heads, rows, inject=False)
+            said.confidence[shown] = 1 - agent.heads.monitor.p_wrong(found["features"])
+        eval_page.write_html(args.html, result, said, cards)
         options.say(args, f"page: {args.html}")
     return 0
 
