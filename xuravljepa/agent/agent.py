@@ -22,6 +22,7 @@ from xuracore.errors import FormatError, ShapeError
 from xuracore.tensor import Tensor
 from xuracore.threads import one_blas_thread
 from xuravljepa import angn
+from xuravljepa.agent import session
 from xuravljepa.agent.builtin import KnowledgeBase
 from xuravljepa.agent.confusion import monitor_features, views
 from xuravljepa.agent.errors import ReplayError
@@ -69,6 +70,9 @@ class Agent:
     turns : how many questions in a row are read from one look.  A question without a picture is read from the
     states that the one before left behind, and the picture looked at again where that makes a doubtful answer,
     or after so many turns.  0: every question looks afresh.  ``looked`` says whether the last one did.
+
+    In view are ``seen``, the visual tokens (views, n, d) of a picture, or None, and ``picture``, its digest; after
+    ``turn`` more questions the predictor has ``states``.
     """
 
     def __init__(self, model, heads=None, registry=None, recursion=None, name="", auto_reset=None, turns=16):
@@ -126,11 +130,6 @@ class Agent:
         config = self.heads.config
         return Usefulness(config.fixes, config.breaks, config.cost, config.errs)
 
-    @property
-    def seen(self):
-        """Visual tokens (views, n, d) of the picture in view, or None."""
-        return self._visual
-
     # ------------------------------------------------------------------ asking
     @no_grad()
     def ask(self, image, question, expected=None, runner=None, clock=None):
@@ -161,13 +160,13 @@ class Agent:
                                **options)
         run = Run(
             run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(carried),
-            image=self._picture, expected=expected,
+            image=self.picture, expected=expected,
             started=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         )
         outcome = layer.run(question, ask=lambda text: self.plain_answer(visual, text), run=run)
         # The states of the first reading: what a tool said counts for its question only.
-        self._states, self.looked = reader.after, reader.looked
-        self._turn = 0 if reader.looked else self._turn + 1
+        self.states, self.looked = reader.after, reader.looked
+        self.turn = 0 if reader.looked else self.turn + 1
         calls = [{"tool": step.tool, "arguments": step.arguments, "result": step.result.text,
                   "ok": step.result.ok, "error": step.result.error and step.result.error.message}
                  for step in outcome.trace.calls()]
@@ -186,10 +185,10 @@ class Agent:
         Raises ReplayError where picture or configuration are others, or the run takes another way.
         """
         self._see(image)
-        if trace.run.image != self._picture:
+        if trace.run.image != self.picture:
             raise ReplayError("the trace is about another picture")
         if trace.run.config != self._config_digest(self._carried(None)):
-            self._states = None
+            self.states = None
         if trace.run.config != self._config_digest(self._carried(None)):
             raise ReplayError("the trace belongs to an agent with another configuration, or goes on from states that "
                               "are not here: load what save_state wrote before that question")
@@ -199,15 +198,17 @@ class Agent:
     def _see(self, image):
         """Visual tokens (views, n, d) of a picture, the first of it as it is, kept for later questions about it."""
         if image is None:
-            if self._visual is None:
+            if self.seen is None:
                 raise ShapeError("there is no picture yet: give one with the first question")
-            return self._visual
+            return self.seen
         pixels = self.model.pixels(image)
         digest = hashlib.sha256(pixels.tobytes()).hexdigest()
-        if digest != self._picture or self._pixels is None:  # tokens from a file are not taken for a picture's
-            self._visual, self._picture, self._pixels = self.view(pixels), digest, pixels
-            self._states = None
-        return self._visual
+        if digest != self.picture or self._pixels is None:  # tokens from a file are not taken for a picture's
+            visual = self.view(pixels)
+            if digest != self.picture or not np.array_equal(visual, self.seen):
+                self.states = None
+            self.seen, self.picture, self._pixels = visual, digest, pixels
+        return self.seen
 
     def view(self, pixels):
         """pixels (1, 3, S, S) → visual tokens (views, n, d): of the picture and, for a monitor, of it moved."""
@@ -226,14 +227,14 @@ class Agent:
 
     def reset(self):
         """Forget the picture: the next question needs one.  The memory on the disk stays."""
-        self._visual, self._picture, self._pixels = None, "", None
-        self._states, self._turn, self.looked = None, 0, False
+        self.seen, self.picture, self._pixels = None, "", None
+        self.states, self.turn, self.looked = None, 0, False
 
     def _carried(self, image):
         """The states to go on from, or None to look: at a picture that is given, and after enough turns."""
-        if image is not None or self._turn + 1 >= self.turns or self.model.config.predictor.bidirectional:
+        if image is not None or self.turn + 1 >= self.turns or self.model.config.predictor.bidirectional:
             return None
-        return self._states
+        return self.states
 
     def _should_reset(self, reading):
         gate = reading.hidden["gate"]
@@ -247,7 +248,7 @@ class Agent:
     def _config_digest(self, carried=None):
         text = repr(self.model.config) + repr(self.heads.config) + repr(self.recursion)
         digest = hashlib.sha256(text.encode())
-        for part in _parts(carried or ()).values():
+        for part in session.parts(carried or ()).values():
             digest.update(part.tobytes())
         return digest.hexdigest()[:16]
 
@@ -324,7 +325,7 @@ class Agent:
         """Put the picture in view into the memory; its Memory.  time : seconds since 1970, now by default."""
         from xuravljepa.agent.recall import remember
 
-        return remember(self, self._visual, self._pixels, source, time)
+        return remember(self, self.seen, self._pixels, source, time)
 
     def recall(self, question, k=5, since=None, until=None, like=None):
         """Ask remembered pictures: [Recollection], of the k seen last, newest first.
@@ -339,82 +340,24 @@ class Agent:
     # ------------------------------------------------------------------ state
     def save_state(self, path):
         """Write what the agent has seen last and the predictor's states, so that questions go on after a restart."""
-        if self._visual is None:
-            raise ShapeError("the agent has seen nothing yet")
-        tensors = {"visual": self._visual, **_parts(self._states or ())}
-        about = {"version": str(STATE_VERSION), "picture": self._picture, "x_encoder": self.eyes(),
-                 "predictor": _weights_digest(self.model.predictor), "turn": str(self._turn),
-                 "sha256": _digest(tensors)}
-        io.save_safetensors(path, tensors, about)
+        session.save(self, path)
 
     def load_state(self, path):
         """Read what ``save_state`` wrote; FormatError if it is missing, damaged or from another X-Encoder.
 
         States of another predictor are left out: it looks at the picture's tokens afresh.
         """
-        try:
-            metadata, tensors = io.read_metadata(path), io.load_safetensors(path)
-        except OSError as error:
-            raise FormatError(f"cannot be read: {error.strerror}", path) from None
-        if metadata.get("version") != str(STATE_VERSION):
-            version = metadata.get("version")
-            raise FormatError(f"state version {version!r:.40}; this program reads {STATE_VERSION}", path)
-        if metadata.get("x_encoder") != self.eyes():
-            raise FormatError("belongs to another model, whose X-Encoder sees differently", path)
-        visual, vision = tensors.get("visual", np.zeros(0)), self.model.config.vision
-        needed = 3 if self.trained and self.heads.monitor.config.shift else 1
-        expected = vision.n_tokens, vision.d_model
-        if visual.shape[1:] != expected or len(visual) < needed or not _finite(visual):
-            raise FormatError(f"expected finite float32 {(needed, *expected)}, got {visual.dtype} {visual.shape}", path,
-                              "visual")
-        if _digest(tensors) != metadata.get("sha256"):
-            raise FormatError("its checksum does not fit: it was damaged", path)
-        states, turn = None, metadata.get("turn", "")
-        if len(tensors) > 1 and metadata.get("predictor") == _weights_digest(self.model.predictor):
-            states = self._states_from(tensors, visual[:needed], path)
-        if not (turn.isascii() and turn.isdigit() and len(turn) < 10):
-            raise FormatError(f"turn is {turn!r:.40}; expected a number", path)
-        self._visual, self._picture, self._pixels = visual[:needed], metadata.get("picture", ""), None
-        self._states, self._turn = states, int(turn)
+        session.load(self, path)
 
-    @no_grad()
-    def _states_from(self, tensors, visual, path):
-        """The predictor's states out of the tensors of a file, checked against those of a look of our own."""
-        query = np.repeat(self.model.query_tokens([CAPTION_QUERY]), len(visual), axis=0)
-        like = self.model.predictor.look(query, visual)
-        for name, part in _parts(like).items():
-            found = tensors.get(name)
-            if found is None or found.shape[1:] != part.shape[1:] or len(found) < len(part) or not _finite(found):
-                raise FormatError(f"expected finite float32 {part.shape}", path, name)
-        return [type(state)(*(Tensor(tensors[f"states.{i}.{field}"][: len(visual)]) for field in state._fields))
-                for i, state in enumerate(like)]
+    def restore(self, seen, picture, states, turn):
+        """Put what ``session.load`` read into view."""
+        self.seen, self.picture, self._pixels = seen, picture, None
+        self.states, self.turn = states, turn
 
     def eyes(self):
         """SHA-256 of the X-Encoder's weights and of how pictures are prepared for it."""
         config = self.model.config
-        return _weights_digest(self.model.x_encoder, repr((config.vision, config.mean, config.std)))
-
-
-def _weights_digest(module, more=""):
-    return _digest(module.state_dict(), more)
-
-
-def _digest(tensors, more=""):
-    """SHA-256 of named arrays."""
-    digest = hashlib.sha256(more.encode())
-    for name, array in sorted(tensors.items()):
-        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _parts(states):
-    """{name: array} of the predictor's states."""
-    return {f"states.{i}.{field}": np.ascontiguousarray(part.data)
-            for i, state in enumerate(states) for field, part in zip(state._fields, state)}
-
-
-def _finite(array):
-    return array.dtype == np.float32 and bool(np.isfinite(array).all())
+        return session.weights_digest(self.model.x_encoder, repr((config.vision, config.mean, config.std)))
 
 
 def _check_fit(config, wanted, path):
