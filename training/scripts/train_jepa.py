@@ -122,8 +122,8 @@ def objective_config(args, answers, steps):
     negatives = args.negatives or ("bank" if args.bank_every else "all" if answers <= 512 else
                                    "bank" if answers <= LARGEST_CLOSED_SET else "batch")
     if (args.negatives or args.bank_every) and args.loss not in ("nce", "sigmoid"):
-        raise ConfigError(f"--negatives and --bank-every are for nce and sigmoid; --loss {args.loss} takes none but its "
-                          "batch's")
+        raise ConfigError("--negatives and --bank-every are for nce and sigmoid; "
+                          f"--loss {args.loss} takes none but its batch's")
     if args.bank_every and negatives != "bank":
         raise ConfigError(f"--bank-every is for --negatives bank, not for {negatives}")
     if target != "frozen" and not args.y_encoder_lr_multiplier:
