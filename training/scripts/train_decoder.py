@@ -63,7 +63,8 @@ def main(argv=None):
     held_predicted = decoder.predict(model, held, features)
     texts = ()
     if not args.data_dir and args.wordings == "wide":
-        texts = Dataset.captions("val", min(args.scenes, 60), args.data_seed, types=tuple(TEMPLATES), templates="wide").rows
+        texts = Dataset.captions("val", min(args.scenes, 60), args.data_seed, types=tuple(TEMPLATES),
+                                 templates="wide").rows
         texts_predicted = decoder.predict(model, texts, FeatureStore(model, texts))
 
     def evaluate(model, step):
