@@ -9,6 +9,7 @@ import numpy as np
 
 from training.data.questions import YES_NO
 from training.data.scenes import SHAPES
+from training.data.tools_data import MAX_COUNT
 from training.parallel import ALONE
 from training.phases.common import RowBatches, generator
 from training.phases.jepa import Example, collate
@@ -41,9 +42,10 @@ class InjectionBatches:
                 "tools": [row.tool["name"] for row in tool_rows] + [None] * len(plain_rows)}
 
     def _rumour(self, row, rng):
-        """Another answer of the same kind."""
+        """Another answer of the same kind: what nobody counts to would not be believed."""
         kinds = [kind for kind in (YES_NO, SHAPES) if row.answer in kind]
-        return str(rng.choice(kinds[0]) if kinds else rng.integers(self._numbers))
+        numbers = MAX_COUNT + 1 if row.type == "earlier count" else self._numbers
+        return str(rng.choice(kinds[0]) if kinds else rng.integers(numbers))
 
 
 def injection_objective(model, cards, weight_state=4.0, weight_answer=1.0, weight_tool=1.0):
