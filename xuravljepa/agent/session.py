@@ -20,7 +20,8 @@ def save(agent, path):
     """See ``Agent.save_state``."""
     if agent.seen is None:
         raise ShapeError("the agent has seen nothing yet")
-    tensors = {"visual": agent.seen, **parts(agent.states or ())}
+    states = () if agent.model.config.predictor.bidirectional else agent.states or ()  # its own carry nothing on
+    tensors = {"visual": agent.seen, **parts(states)}
     about = {"version": str(VERSION), "picture": agent.picture, "x_encoder": agent.eyes(),
              "predictor": weights_digest(agent.model.predictor), "turn": str(agent.turn), "sha256": digest(tensors)}
     io.save_safetensors(path, tensors, about)

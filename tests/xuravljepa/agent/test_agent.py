@@ -193,7 +193,7 @@ def test_a_tool_is_called_and_what_it_says_is_taken_in(agent):
     assert end.reason == reply.reason == "repeated_call"
 
 
-def test_a_bidirectional_predictor_hears_what_a_tool_says(model):
+def test_a_bidirectional_predictor_hears_what_a_tool_says(model, tmp_path):
     small = model.config.predictor.replace(bidirectional=True, n_layers=1, pool="mean")
     both_ways = VLJEPA(model.config.replace(predictor=small), rng=np.random.default_rng(0))
     with ToolRegistry() as tools:
@@ -202,6 +202,11 @@ def test_a_bidirectional_predictor_hears_what_a_tool_says(model):
         read, call, _ = agent.ask(picture(), PRICE).trace.steps
         assert call.result.text == "5" and call.state_change > 0 and call.candidates != read.candidates
         assert [number for number, _, _ in agent.stream([picture(), picture()])] == [0]
+        answer = agent.ask(picture(), PRICE).answer
+        agent.save_state(tmp_path / "state.safetensors")
+        agent.reset()
+        agent.load_state(tmp_path / "state.safetensors")
+        assert agent.ask(None, PRICE).answer == answer
     with pytest.raises(ConfigError, match="no states to write into"):
         AgentHeads(AgentConfig(), small)
 
