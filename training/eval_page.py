@@ -391,7 +391,8 @@ def _injection(found):
 def _provenance(about, skipped):
     data, model = about["data"], about["model"]
     rows = [["command", f"<code>{_text(about['command'])}</code>"],
-            ["model", f"{_text(model['name'])}<small>SHA-256 {model['sha256'] or 'none: random weights'}</small>"],
+            ["model", f"{_text(model['name'])}<small>SHA-256 {model.get('model_sha256', 'none: random')}</small>"],
+            *([["agent's heads", f"<small>SHA-256 {model['agent_sha256']}</small>"]] if "agent_sha256" in model else []),
             ["data", f"{_text(data['name'])}<small>SHA-256 {data['sha256']}</small>"],
             ["versions", ", ".join(f"{name} {_text(version)}" for name, version in about["versions"].items())],
             ["intervals", f"95 %, from {about['resamples']:,} resamples of whole pictures (seed {about['seed']}): "

@@ -101,7 +101,7 @@ def test_own_data_through_every_job_and_the_same_bytes_again(folder, pictures, t
         assert word in said
     checked = Checked(page)
     assert checked.tags.count("img") == page.count("data:image/png") > 20
-    assert "&lt;b&gt;is&lt;/b&gt;" in page and result["about"]["model"]["sha256"] in page
+    assert "&lt;b&gt;is&lt;/b&gt;" in page and result["about"]["model"]["model_sha256"] in page
     again = run(folder, tmp_path, *arguments, "--predictions", tmp_path / "p.jsonl")
     assert again == (result, page)
 
@@ -153,7 +153,7 @@ def test_requests_that_make_no_sense_are_refused(folder, pictures, tmp_path):
 
 # ---------------------------------------------------------------------- the page by itself
 def about(**changes):
-    return {"command": f"xura eval --split {HOSTILE}", "model": {"name": HOSTILE, "sha256": None},
+    return {"command": f"xura eval --split {HOSTILE}", "model": {"name": HOSTILE},
             "data": {"name": HOSTILE, "sha256": "00", "questions": 1, "pictures": 1, "captions": 0,
                      "notes": [HOSTILE]}, "versions": {"xura": "0"}, "seed": 0, "resamples": 10, **changes}
 

@@ -36,7 +36,7 @@ def percent(cell):
 
 def about(found):
     data, model = found["data"], found["model"]
-    lines = [f"model {model['name']}  sha256 {(model['sha256'] or 'none: random weights')[:16]}",
+    lines = [f"model {model['name']}  sha256 {model.get('model_sha256', 'none: random')[:16]}",
              f"data  {data['name']}: {data['questions']} questions about {data['pictures']} pictures, "
              f"{data['captions']} captions  sha256 {data['sha256'][:16]}"]
     return "\n".join(lines + [f"note  {note}" for note in data["notes"]])

@@ -112,12 +112,13 @@ def file_sha256(path):
 def about(args, argv, chosen):
     """What was measured on what, and by which command; nothing that changes from run to run."""
     folder = Path(args.model) if Path(args.model).exists() else SHIPPED / args.model
-    weights = folder / "model.safetensors"
+    digests = {f"{part}_sha256": file_sha256(folder / f"{part}.safetensors") for part in ("model", "agent")
+               if (folder / f"{part}.safetensors").is_file()}
     asked, bad = len(chosen.rows), chosen.bad.count if chosen.bad is not None else 0
     notes = [*chosen.notes, *([f"{bad} rows that cannot be used were left out"] if bad else [])]
     return {
         "command": shlex.join(["xura", "eval", *argv]),
-        "model": {"name": args.model, "sha256": file_sha256(weights) if weights.is_file() else None},
+        "model": {"name": args.model, **digests},
         "data": {"name": chosen.name, "sha256": chosen.sha256(), "questions": asked,
                  "pictures": len(np.unique(picture_numbers(chosen.rows))) if asked else 0,
                  "captions": len(chosen.captions) + len(chosen.texts), "left_out": bad, "notes": notes},
