@@ -194,7 +194,7 @@ class VLJEPA(nn.Module):
         config = VLJEPAConfig.from_dict(settings)
         state = io.load_safetensors(source / "model.safetensors")
         _check_sizes(config, sum(array.size for array in state.values()), source / "config.json")
-        model = cls(config)
+        model = cls(config, rng=_Zeros())  # drawing numbers for a large model takes longer than reading its own
         model.load_state_dict(state)
         return model.eval()
 
