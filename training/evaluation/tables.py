@@ -72,8 +72,8 @@ def confidence(found):
 def blind(groups):
     """What is to be said of groups that are answered as well without their picture."""
     names = ", ".join(short(name.replace("_", " ")) for name in groups)
-    return (f"shown another picture, the model is right as often, as far as can be told, on: {names}. Those answers need "
-            f"not come from the picture")
+    return (f"shown another picture, the model is right as often, as far as can be told, on: {names}. Those answers "
+            f"need not come from the picture")
 
 
 def sort_of_clevr(found):
