@@ -281,6 +281,12 @@ def judged(monitor, readings):
     return result
 
 
+def sayable(model, found, rows):
+    """Of what ``gather_readings`` found, the readings of questions whose answer the model has a word for."""
+    chosen = np.array([row.answer in model.config.answers for row in rows])[found["row"]]
+    return {name: values[chosen] for name, values in found.items() if name != "rows"}
+
+
 def usefulness(found):
     """(P(fixed | was wrong), P(broken | was right)) of taking in a result, over rows read before and after."""
     before = dict(zip(found["row"][found["depth"] == 0], found["wrong"][found["depth"] == 0]))

@@ -51,7 +51,7 @@ def tool_cards():
 
 
 def monitor_readings(model, heads, args, scenes):
-    """(Readings of all groups, {group: (what gather_readings found, rows)}) about ``calib`` scenes."""
+    """(Readings of all groups, {group: what gather_readings found, and its rows}) about ``calib`` scenes."""
     def plain(start, count):
         return Dataset.scenes("calib", count, args.data_seed, start=start).rows
 
@@ -73,6 +73,7 @@ def monitor_readings(model, heads, args, scenes):
         found[group] = judging.gather_readings(model, heads, rows, store,
                                                report=options.counter(args, f"questions read ({group})"))
         parts.append(judging.Readings.of(found[group], rows, group))
+        found[group]["rows"] = rows
     strange = judging.strange_readings(model, heads, asked["scenes"], max(scenes // 2, 3), args.data_seed)
     parts.append(judging.Readings(strange, np.ones(len(strange), np.int64), np.full(len(strange), "strange", object),
                                   np.arange(len(strange))))
@@ -169,7 +170,7 @@ def main(argv=None):
     with no_grad():
         heads.monitor.calibrate(heads.monitor(seen.features).data, seen.wrong)
     heads.monitor.fit_limit(readings[readings.group != "strange"].features)
-    fixes, breaks = judging.usefulness(found["tools"])
+    fixes, breaks = judging.usefulness(judging.sayable(model, found["tools"], found["tools"]["rows"]))
     report["monitor"] = {"temperature": float(heads.monitor.temperature), "offset": float(heads.monitor.offset),
                          "fixes": fixes, "breaks": breaks, **judging.judged(heads.monitor, kept)}
     heads.config = config.replace(fixes=fixes, breaks=breaks)
