@@ -80,6 +80,7 @@ def outcome(found, chosen=slice(None)):
     part = {name: values[chosen] for name, values in found.items()}
     result = metrics.tool_outcomes(part["alone"], part["forced"], part["called"])
     harm = part["called"] & part["alone"] & ~part["gated"]
+    result = {name: None if np.isnan(value) else value for name, value in result.items()}  # of no call, or no need
     return {"questions": len(part["alone"]), **result, "accuracy_gated": float(part["gated"].mean()),
             "harm_rate": float(harm.mean()), "unsure": float(part["unsure"].mean()),
             "wrong_and_sure": float((~part["gated"] & ~part["unsure"]).mean()),
