@@ -157,7 +157,7 @@ class Agent:
             injector.inject(reading, ToolResult("", True, text="0"))
             self._warm = True
         layer = RecursionLayer(reader, monitor, _Selector(self), injector, self.tools, runner, self.recursion,
-                               **options)
+                               answers=frozenset(self.model.answer_bank()[0]), **options)
         run = Run(
             run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(carried),
             image=self.picture, expected=expected,

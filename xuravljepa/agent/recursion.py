@@ -29,6 +29,7 @@ from xuravljepa.agent.tools import ToolFailure, ToolRequest, ToolResult, Usefuln
 from xuravljepa.agent.trace import Run, Step, Trace
 
 MAX_PROPOSALS = 64
+MAX_DIGITS = 20  # of a number that a tool gives and no reading can say
 DISBELIEF = 0.2  # probability that a tool is wrong from which the trace speaks of it
 
 
@@ -133,10 +134,13 @@ class RecursionLayer:
         runner: what makes the calls; the registry by default.
         config: ``RecursionConfig``.
         clock: gives seconds; a replay brings its own.
+        answers: all that the reader can answer, where that is known: a number of a tool that is not among them
+            is the answer as it stands.
     """
 
     def __init__(self, reader, monitor, selector, injector, tools, runner=None, config=RecursionConfig(),
-                 clock=time.monotonic):
+                 clock=time.monotonic, answers=None):
+        self.answers = answers
         self.reader, self.monitor, self.selector, self.injector = reader, monitor, selector, injector
         self.tools, self.runner = tools, tools if runner is None else runner
         self.config, self.clock = config, clock
@@ -264,10 +268,21 @@ class _Search:
         self._read_again(request, result, reading, float(change))
         return None
 
+    def _is_news(self, result):
+        """Whether the result is a number that no reading can say, however well it was understood."""
+        number = type(result.value) in (int, float) and len(result.text) <= MAX_DIGITS
+        return number and self.layer.answers is not None and result.text not in self.layer.answers
+
     def _read_again(self, request, result, reading, change):
         self.meter.depth += 1
-        before, earlier, self.reading = self.p, self.reading, reading
-        self.p, note = self._doubt(reading)
+        before, earlier = self.p, self.reading
+        if self._is_news(result):
+            reading = dataclasses.replace(reading, answer=result.text)
+            self.p = self.tools[request.tool].usefulness.errs
+            note = "the number is none of the known answers: it is given as the tool gave it"
+        else:
+            self.p, note = self._doubt(reading)
+        self.reading = reading
         if reading.answer != earlier.answer:
             astray = tool_astray(before, self.tools[request.tool].usefulness.errs)
             if astray > max(self.p, DISBELIEF):
