@@ -18,6 +18,8 @@ def convert(source, programs, python, folder, width):
     """The GGUF file of the model in ``folder`` (Hugging Face layout) at ``width``; made when missing."""
     whole, target = Path(folder) / "float32.gguf", Path(folder) / f"{width}.gguf"
     if not whole.exists():
+        config = Path(folder) / "config.json"  # the converter of Mamba-2 rounds the vocabulary up, unless told not to
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_vocab_size_multiple": 1}))
         script = Path(source) / "convert_hf_to_gguf.py"
         _run([python, script, folder, "--outtype", "f32", "--outfile", whole])
     if not target.exists():
