@@ -21,6 +21,7 @@ from training.phases.common import FeatureStore
 from xuracore import io, no_grad
 from xuracore.errors import ConfigError
 from xuravljepa.agent.agent import save_heads
+from xuravljepa.agent.confusion import words_of
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import MODES
 from xuravljepa.agent.recall import register_search
@@ -48,6 +49,13 @@ def tool_cards():
     register_scene_tools(registry, KnowledgeBase({"shop": {"circle": 1}}))
     register_search(registry)
     return {tool.name: tool.description for tool in registry}
+
+
+def taught_words(seed, scenes=1000):
+    """What the questions of phase 1 are made of; names of shops that it did not teach are not among them."""
+    rows = [*Dataset.scenes("train", scenes, seed).rows, *Dataset.tools("train", scenes, seed, pools=("known",)).rows,
+            *memory_rows("train", scenes // 3, seed)]
+    return words_of(row.query for row in rows)
 
 
 def monitor_readings(model, heads, args, scenes):
@@ -173,7 +181,7 @@ def main(argv=None):
     fixes, breaks = judging.usefulness(judging.sayable(model, found["tools"], found["tools"]["rows"]))
     report["monitor"] = {"temperature": float(heads.monitor.temperature), "offset": float(heads.monitor.offset),
                          "fixes": fixes, "breaks": breaks, **judging.judged(heads.monitor, kept)}
-    heads.config = config.replace(fixes=fixes, breaks=breaks)
+    heads.config = config.replace(fixes=fixes, breaks=breaks, words=taught_words(args.data_seed))
     model.save_pretrained(output / "model")
     save_heads(heads, output / "model")
     write_price_list(output / "model" / "prices.json", args.data_seed)

@@ -24,7 +24,7 @@ from xuracore.threads import one_blas_thread
 from xuravljepa import angn
 from xuravljepa.agent import session
 from xuravljepa.agent.builtin import KnowledgeBase
-from xuravljepa.agent.confusion import monitor_features, views
+from xuravljepa.agent.confusion import UNCHARTED, foreign_words, monitor_features, views
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import Injection
@@ -146,7 +146,8 @@ class Agent:
     def _ask(self, image, question, expected, runner, options):
         query = self.model.query_tokens([question])  # before the picture: a wrong question changes nothing
         visual = self._see(image)
-        monitor, injector = _Monitor(self.heads, self.trained), _Injector(self.model, self.heads)
+        monitor = _Monitor(self.heads, self.trained, foreign_words(question, self.heads.config.words))
+        injector = _Injector(self.model, self.heads)
         carried = self._carried(image)
         reader = _Reader(self.model, self.heads, query, visual, carried,
                          lambda reading: monitor.p_wrong(reading, 0) >= self.recursion.confident_below)
@@ -425,16 +426,21 @@ class _Reader:
 
 
 class _Monitor:
-    def __init__(self, heads, trained):
-        self.monitor, self.trained = heads.monitor, trained
+    def __init__(self, heads, trained, foreign=()):
+        self.monitor, self.trained, self.foreign, self.note = heads.monitor, trained, foreign, ""
 
     def p_wrong(self, reading, depth):
+        """A question with words that no training had is not understood, until a tool has answered it."""
+        self.note = ""
         if not self.trained:
             return 0.0
+        if self.foreign and depth == 0:
+            self.note = f"words it was not taught: {', '.join(self.foreign)}"
         seen = reading.hidden
         features = monitor_features(seen["pooled"], seen["cosines"], seen["scale"], seen["gate"],
                                     seen["strangeness"], depth, seen["change"], seen["moved"])
-        return float(self.monitor.p_wrong(features)[0])
+        p = float(self.monitor.p_wrong(features)[0])
+        return max(p, UNCHARTED) if self.note else p
 
 
 class _Selector:

@@ -12,6 +12,7 @@ ranks answers as the averaged softmax does; it learns what that does not know.  
 questions the model has not seen, and calibrated on a second such set: p(wrong) = σ(z / T + c).
 """
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +42,16 @@ class MonitorConfig(Config):
     def __post_init__(self):
         require_positive(self, "read_dim", "vision_dim", "hidden")
         require(self.shift >= 0, f"shift is {self.shift}; expected 0 or more pixels")
+
+
+def words_of(texts):
+    """The different words of ``texts``, in alphabetical order; numbers are no words."""
+    return tuple(sorted({word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}))
+
+
+def foreign_words(question, known):
+    """The words of ``question`` that are not among ``known``; none where nothing is known."""
+    return [word for word in words_of([question]) if word not in known] if known else []
 
 
 def views(pixels, shift):

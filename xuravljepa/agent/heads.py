@@ -18,7 +18,8 @@ class AgentConfig(Config):
     confident_below, abstain_above : p(wrong) under which no tool is called, over which the answer is a guess.
     fixes, breaks : P(an injection makes a wrong answer right), P(it makes a right one wrong).
     cost : of a call, in units of a right answer.   errs : how often a tool is taken to be wrong before anything is
-    known of it.   cards : {tool: the text that describes it}, as trained.
+    known of it.   cards : {tool: the text that describes it}, as trained.   words : all that the questions of
+    training had; () where that is not known.
     """
 
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
@@ -31,6 +32,7 @@ class AgentConfig(Config):
     cost: float = 0.05
     errs: float = 0.02
     cards: dict = field(default_factory=dict)
+    words: tuple = ()
 
     @classmethod
     def for_model(cls, config, tools=(), mode="state"):

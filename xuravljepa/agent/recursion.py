@@ -60,7 +60,10 @@ class Reader(Protocol):
 
 class Monitor(Protocol):
     def p_wrong(self, reading: Reading, depth: int) -> float:
-        """Probability that the reading's answer is wrong; ``depth`` counts the re-readings so far."""
+        """Probability that the reading's answer is wrong; ``depth`` counts the re-readings so far.
+
+        What an attribute ``note`` then says goes into the trace.
+        """
 
 
 class Selector(Protocol):
@@ -317,7 +320,7 @@ class _Search:
             return 1.0, f"the monitor failed: {_describe(error)}"
         if not math.isfinite(p):
             return 1.0, f"the monitor gave {p}"
-        return min(max(p, 0.0), 1.0), ""
+        return min(max(p, 0.0), 1.0), getattr(self.layer.monitor, "note", "")
 
     def _nearest(self):
         pairs = [(str(label), float(similarity)) for label, similarity in self.reading.candidates]

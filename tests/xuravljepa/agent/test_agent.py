@@ -488,3 +488,25 @@ def test_a_damaged_state_is_refused_and_the_picture_stays(agent, tmp_path):
         with pytest.raises(FormatError, match="state"):
             agent.load_state(path)
     assert agent.ask(None, "how many?").trace.run.image == about["picture"]
+
+
+def test_a_question_in_words_nobody_taught_is_doubted_until_a_tool_answers():
+    agent = Agent.from_pretrained("tiny")
+    if not agent.heads.config.words:
+        pytest.skip("these heads do not know what was taught")
+
+    def heft(shape: str) -> int:
+        """Tell what an object weighs.
+
+        Args:
+            shape: circle, square or triangle
+        """
+        return 400 + len(shape)
+
+    reply = agent.ask(picture(), "is the blorf one frumious?")
+    assert reply.unsure and "blorf" in reply.trace.steps[0].note
+    agent.register_tool(heft, isolation="inline", arguments={
+        "shape": AskModel("what shape is the {colour} one?", r"is the (?P<colour>\w+) one frumious")})
+    reply = agent.ask(picture(), "is the red one frumious?")
+    assert reply.tool_calls and reply.answer == reply.tool_calls[0]["result"]
+    assert agent.replay(picture(), reply.trace).answer == reply.answer

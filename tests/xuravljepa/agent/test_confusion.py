@@ -6,7 +6,7 @@ import pytest
 import xuracore as xc
 from xuracore.errors import ConfigError, ShapeError
 from xuravljepa.agent.confusion import (
-    NUMBERS, UNCHARTED, ConfusionMonitor, Familiarity, MonitorConfig, monitor_features, views,
+    NUMBERS, UNCHARTED, ConfusionMonitor, Familiarity, MonitorConfig, foreign_words, monitor_features, views, words_of,
 )
 
 CONFIG = MonitorConfig(read_dim=5, vision_dim=4, hidden=8)
@@ -238,3 +238,11 @@ def test_a_picture_beyond_all_that_was_calibrated_is_never_answered_with_confide
     features[7, 4 + NUMBERS.index("mean strangeness of patches")] += 100
     p = monitor.p_wrong(features)
     assert p[7] >= UNCHARTED and (np.delete(p, 7) < UNCHARTED).all()
+
+
+def test_words_of_questions_are_known_or_foreign():
+    known = words_of(["What shape is the red one?", "how many circles"])
+    assert known == ("circles", "how", "is", "many", "one", "red", "shape", "the", "what")
+    assert foreign_words("what SHAPE is the 2 red one", known) == []
+    assert foreign_words("what does the red one weigh in Köln?", known) == ["does", "in", "köln", "weigh"]
+    assert foreign_words("anything", ()) == []  # of heads that do not know what was taught
