@@ -4,6 +4,7 @@ import threading
 
 import pytest
 
+import xuracore as xc
 from training.parallel import Ranks
 
 
@@ -71,3 +72,11 @@ def run_on_ranks(size, work):
     if errors:
         raise errors[min(errors)]
     return results
+
+
+@pytest.fixture
+def threads_of_its_own():
+    """For scripts that are called in this process and set the number of threads."""
+    before = xc.get_num_threads()
+    yield
+    xc.set_num_threads(before)

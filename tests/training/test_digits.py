@@ -12,6 +12,8 @@ from training.data.dataset import open_dataset
 from training.scripts import digits
 from xuracore.errors import MissingExtraError
 
+pytestmark = pytest.mark.usefixtures("threads_of_its_own")
+
 
 @pytest.fixture
 def stand_in(monkeypatch):

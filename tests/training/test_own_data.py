@@ -12,6 +12,8 @@ from training.scripts import evaluate, train_decoder, train_jepa
 from xuracore.errors import ConfigError, FormatError
 from xuravljepa.model import VLJEPA
 
+pytestmark = pytest.mark.usefixtures("threads_of_its_own")
+
 SHORT = ["--steps", "2", "--batch-size", "2", "--turns", "1", "--threads", "1"]
 NEW = ["--train-encoder", "--image-size", "16", "--patch-size", "8"]
 
