@@ -2,7 +2,7 @@
 
 Each judge gives a confidence in [0, 1] that the answer is right:
 
-    monitor        1 - p(wrong) of the ConfusionMonitor
+    monitor        1 - p(wrong) of the ConfusionMonitor, which a question in foreign words raises, as in the agent
     agreement      the answer's probability, averaged over the picture and its moved views
     max-softmax    the answer's probability
     margin         that, less the next answer's
@@ -22,6 +22,7 @@ from training.data.scenes import CORRUPTIONS
 from training.data.strange import UNTAUGHT, untaught
 from training.phases import monitor as judging
 from training.phases.common import generator
+from xuravljepa.agent.confusion import UNCHARTED, at_least, foreign_words
 
 JUDGES = ("monitor", "agreement", "max-softmax", "margin", "entropy")
 RISKS = (0.01, 0.05, 0.10)
@@ -84,7 +85,9 @@ def judge(model, heads, rows, change=None, report=None):
                               change=None if change is None else lambda pixels: untaught(pixels, change))
     found = judging.gather_readings(model, heads, rows, store, inject=False, report=report)
     agreement = 1 / (1 + np.exp(judging.column(found["features"], "agreement").astype(np.float64)))
-    confidence = {"monitor": 1 - heads.monitor.p_wrong(found["features"]), "agreement": agreement,
+    p = heads.monitor.p_wrong(found["features"])
+    foreign = np.array([bool(foreign_words(row.query, heads.config.words)) for row in rows])
+    confidence = {"monitor": 1 - np.where(foreign, at_least(UNCHARTED, p), p), "agreement": agreement,
                   "max-softmax": found["top"], "margin": found["margin"], "entropy": 1 - found["entropy"]}
     picture = np.array([row.image.index for row in rows])
     return Judged(found["wrong"], {name: np.clip(confidence[name], 0, 1) for name in JUDGES}, picture)

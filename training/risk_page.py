@@ -83,7 +83,8 @@ def _set(name, found):
     judges = found["judges"]
     rows = []
     for judge, cells in judges.items():
-        marks = "".join(_cell(cells[measure], _is_best(measure, judge, judges)) for measure in SHOWN)
+        marks = "".join(_cell(cells[measure], _is_best(measure, judge, judges), digits=4 if "aurc" in measure else 3)
+                        for measure in SHOWN)
         rows.append(f'<tr class="{"monitor" if judge == "monitor" else ""}"><th>{judge}</th>{marks}</tr>')
     curves = found["curves"]
     risk = {judge: tuple([100 * x for x in curves[judge][part]] for part in ("coverage", "risk")) for judge in JUDGES}
@@ -106,10 +107,10 @@ def _is_best(measure, judge, judges):
     return own is not None and own == (max if measure in HIGH_IS_GOOD else min)(values)
 
 
-def _cell(cell, best, sign=False):
+def _cell(cell, best, sign=False, digits=3):
     if cell["value"] is None:
         return "<td>–</td>"
-    form = "+.3f" if sign else ".3f"
+    form = f"{'+' if sign else ''}.{digits}f"
     span = "" if cell["low"] is None else f"<small>{cell['low']:{form}} to {cell['high']:{form}}</small>"
     return f'<td class="{"best" if best else ""}">{cell["value"]:{form}}{span}</td>'
 

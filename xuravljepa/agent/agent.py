@@ -24,7 +24,7 @@ from xuracore.threads import one_blas_thread
 from xuravljepa import angn
 from xuravljepa.agent import session
 from xuravljepa.agent.builtin import KnowledgeBase
-from xuravljepa.agent.confusion import UNCHARTED, foreign_words, monitor_features, views
+from xuravljepa.agent.confusion import UNCHARTED, at_least, foreign_words, monitor_features, views
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import Injection
@@ -441,7 +441,7 @@ class _Monitor:
         features = monitor_features(seen["pooled"], seen["cosines"], seen["scale"], seen["gate"],
                                     seen["strangeness"], depth, seen["change"], seen["moved"])
         p = float(self.monitor.p_wrong(features)[0])
-        return max(p, UNCHARTED) if self.note else p
+        return float(at_least(UNCHARTED, p)) if self.note else p
 
 
 class _Selector:

@@ -165,7 +165,12 @@ class ConfusionMonitor(nn.Module):
         """
         p = _logistic(self(features).data.astype(np.float64) / float(self.temperature) + float(self.offset))
         beyond = features[:, self._strangeness] > float(self.strangest_known)
-        return np.where(np.isnan(p), 1.0, np.where(beyond, np.maximum(p, UNCHARTED), p))
+        return np.where(np.isnan(p), 1.0, np.where(beyond, at_least(UNCHARTED, p), p))
+
+
+def at_least(least, p):
+    """Probabilities p raised above ``least``, in the same order as before."""
+    return least + (1 - least) * p
 
 
 def _logistic(z):
