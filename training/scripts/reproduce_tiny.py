@@ -30,15 +30,26 @@ FILES = ("config.json", "model.safetensors", "agent.json", "agent.safetensors", 
 
 
 def phases(root, seed):
-    """(name, script's main, its options) in order."""
+    """(name, script's main, its options) in order.
+
+    Phase 1 comes in three parts: to see and compare, asked in a few ways; then all wordings, and captions; then the
+    same at a falling rate, with more of what takes longest to learn.
+    """
     common = ["--seed", str(seed)]
+    wide = ["--scenes", "4000", "--batch-size", "16", "--lesson", "0", "--lr", "1e-3"]
     return [
         ("vit", pretrain_vit.main, ["--steps", "3000", *common]),
-        ("jepa", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "5000",
-                                   "--wordings", "plain", "--typos", "0", *common]),
-        ("decoder", train_decoder.main, ["--model", f"{root}/jepa/model", "--scenes", "600", "--steps", "1000",
-                                         "--wordings", "plain", *common]),
-        ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "1000", *common]),
+        ("plain", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "5000",
+                                    "--wordings", "plain", "--typos", "0", *common]),
+        ("wide", train_jepa.main, ["--model", f"{root}/plain/model", *wide, "--steps", "3000", "--warmup", "100",
+                                   "--schedule", "constant", "--ema", "0.998", *common]),
+        ("jepa", train_jepa.main, ["--model", f"{root}/wide/model", *wide, "--steps", "1200", "--warmup", "50",
+                                   "--schedule", "linear", "--twice", "left_of", "above", "compare_count",
+                                   "--seed", str(seed + 1)]),
+        ("decoder", train_decoder.main,
+         ["--model", f"{root}/jepa/model", "--scenes", "300", "--steps", "1000", *common]),
+        ("agent", train_agent.main,
+         ["--model", f"{root}/decoder/model", "--scenes", "1200", "--steps", "500", "--monitor-scenes", "700", *common]),
     ]
 
 

@@ -10,6 +10,7 @@ if not __package__:  # run by path: import the packages that this script lies be
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from training import options, parallel
+from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
 from training.data.memory_data import memory_rows
 from training.data.scenes import CORRUPTIONS
@@ -53,7 +54,10 @@ def tool_cards():
 
 def taught_words(seed, scenes=1000):
     """What the questions of phase 1 are made of; names of shops that it did not teach are not among them."""
-    rows = [*Dataset.scenes("train", scenes, seed).rows, *Dataset.tools("train", scenes, seed, pools=("known",)).rows,
+    wide = {"templates": "wide"}
+    rows = [*Dataset.scenes("train", scenes, seed, **wide).rows,
+            *Dataset.tools("train", scenes, seed, pools=("known",), **wide).rows,
+            *Dataset.captions("train", scenes, seed, types=tuple(TEMPLATES), **wide).rows,
             *memory_rows("train", scenes // 3, seed)]
     return words_of(row.query for row in rows)
 
