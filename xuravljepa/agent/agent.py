@@ -28,6 +28,7 @@ from xuravljepa.agent.confusion import UNCHARTED, at_least, foreign_words, monit
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import Injection
+from xuravljepa.agent.arguments import speaks_of_earlier
 from xuravljepa.agent.recursion import Reading, RecursionConfig, RecursionLayer
 from xuravljepa.agent.scene_tools import register_scene_tools
 from xuravljepa.agent.tools import ToolRegistry, ToolResult, Usefulness
@@ -146,7 +147,8 @@ class Agent:
     def _ask(self, image, question, expected, runner, options):
         query = self.model.query_tokens([question])  # before the picture: a wrong question changes nothing
         visual = self._see(image)
-        monitor = _Monitor(self.heads, self.trained, foreign_words(question, self.heads.config.words))
+        monitor = _Monitor(self.heads, self.trained, foreign_words(question, self.heads.config.words),
+                           speaks_of_earlier(question))
         injector = _Injector(self.model, self.heads)
         carried = self._carried(image)
         reader = _Reader(self.model, self.heads, query, visual, carried,
@@ -427,16 +429,19 @@ class _Reader:
 
 
 class _Monitor:
-    def __init__(self, heads, trained, foreign=()):
-        self.monitor, self.trained, self.foreign, self.note = heads.monitor, trained, foreign, ""
+    def __init__(self, heads, trained, foreign=(), earlier=False):
+        self.monitor, self.trained, self.note = heads.monitor, trained, ""
+        self.reason = "it asks about earlier" if earlier else ""
+        if foreign:
+            self.reason = f"words it was not taught: {', '.join(foreign)}"
+        self.misunderstood = trained and bool(foreign)
 
     def p_wrong(self, reading, depth):
-        """A question with words that no training had is not understood, until a tool has answered it."""
-        self.note = ""
+        """A question with words that no training had is not understood, and one about earlier is not answered by the
+        picture, until a tool has answered it."""
         if not self.trained:
             return 0.0
-        if self.foreign and depth == 0:
-            self.note = f"words it was not taught: {', '.join(self.foreign)}"
+        self.note = self.reason if depth == 0 else ""
         seen = reading.hidden
         features = monitor_features(seen["pooled"], seen["cosines"], seen["scale"], seen["gate"],
                                     seen["strangeness"], depth, seen["change"], seen["moved"])

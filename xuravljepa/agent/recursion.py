@@ -62,7 +62,8 @@ class Monitor(Protocol):
     def p_wrong(self, reading: Reading, depth: int) -> float:
         """Probability that the reading's answer is wrong; ``depth`` counts the re-readings so far.
 
-        What an attribute ``note`` then says goes into the trace.
+        What an attribute ``note`` then says goes into the trace.  Where ``misunderstood`` is true, no reading of this
+        question is to be trusted, and what a tool says is given as it stands.
         """
 
 
@@ -176,6 +177,7 @@ class _Search:
     def outcome(self):
         self.reading = self.layer.reader.read(None)
         self.p, note = self._doubt(self.reading)
+        self.misunderstood = getattr(self.layer.monitor, "misunderstood", False)
         self.best, self.best_p = self.reading, self.p
         self._record("read", p_wrong_after=self.p, candidates=self._nearest(), note=note)
         stop = None
@@ -271,18 +273,22 @@ class _Search:
         self._read_again(request, result, reading, float(change))
         return None
 
-    def _is_news(self, result):
-        """Whether the result is a number that no reading can say, however well it was understood."""
+    def _as_it_stands(self, result):
+        """Why the result itself is the answer, if it is: no reading can say it, or none understands the question."""
+        known = self.layer.answers
         number = type(result.value) in (int, float) and len(result.text) <= MAX_DIGITS
-        return number and self.layer.answers is not None and result.text not in self.layer.answers
+        if known is not None and number and result.text not in known:
+            return "the number is none of the known answers: it is given as the tool gave it"
+        if self.misunderstood and (number or known is not None and result.text in known):
+            return "the question is not understood: the answer is given as the tool gave it"
+        return ""
 
     def _read_again(self, request, result, reading, change):
         self.meter.depth += 1
         before, earlier = self.p, self.reading
-        if self._is_news(result):
+        if note := self._as_it_stands(result):
             reading = dataclasses.replace(reading, answer=result.text)
             self.p = self.tools[request.tool].usefulness.errs
-            note = "the number is none of the known answers: it is given as the tool gave it"
         else:
             self.p, note = self._doubt(reading)
         self.reading = reading
