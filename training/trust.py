@@ -99,8 +99,9 @@ def tool_report(agent, scenes=200, seed=0, report=None):
         calls.append((bool(reply.tool_calls), reply.trace.steps[0].answer == row.answer, reply.answer == row.answer))
     called, alone, gated = np.array(calls).T
     return {"known keys": outcome(found, known), "unseen keys": outcome(found, ~known),
-            "pictures": {"questions": len(plain), "accuracy_alone": float(alone.mean()), "call_rate": float(called.mean()),
-                         "accuracy_gated": float(gated.mean()), "harm_rate": float((alone & ~gated).mean())}}
+            "pictures": {"questions": len(plain), "accuracy_alone": float(alone.mean()),
+                         "call_rate": float(called.mean()), "accuracy_gated": float(gated.mean()),
+                         "harm_rate": float((alone & ~gated).mean())}}
 
 
 def lying(function, seed=0):
@@ -176,7 +177,8 @@ def memory_report(agent, scenes=60, seed=0, report=None):
             for folder in folders:
                 folder.cleanup()
         kinds = np.array([row.type for row in rows])
-        result[name] = {"all": outcome(found), **{kind: outcome(found, kinds == kind) for kind in np.unique(kinds)}}
+        parts = {kind: outcome(found, kinds == kind) for kind in sorted(set(kinds.tolist()))}
+        result[name] = {"all": outcome(found), **parts}
     return result
 
 
@@ -195,8 +197,8 @@ def session_report(agent, scenes=60, turns=48, seed=0, report=None):
     kept = agent.turns, agent.recursion
     right = {}
     looked = np.zeros((scenes, turns), bool)
-    for name, number, config in (("carried", 10**9, dataclasses.replace(kept[1], confident_below=1.0, abstain_above=1.0)),
-                                 ("agent", kept[0], kept[1]), ("afresh", 0, kept[1])):
+    content = dataclasses.replace(kept[1], confident_below=1.0, abstain_above=1.0)
+    for name, number, config in (("carried", 10**9, content), ("agent", *kept), ("afresh", 0, kept[1])):
         agent.turns, agent.recursion = number, config
         right[name] = np.zeros((scenes, turns), bool)
         for i, rows in enumerate(talks):

@@ -16,7 +16,7 @@ def agent():
 
 def test_a_liar_is_found_out_by_control_questions_and_no_longer_asked(agent):
     before = agent.tools.get("lookup")
-    found = trust.liar_report(agent, scenes=6, controls=12)
+    found = trust.liar_report(agent, scenes=6, controls=40)
     assert found["audit of the honest tool"]["errs"] < 0.2 < 0.8 < found["audit of the liar"]["errs"]
     assert found["liar"]["unseen keys"]["call_rate"] > 0.5  # what it cannot check it believes
     after = found["liar after an audit"]

@@ -64,17 +64,21 @@ def taught_words(seed, scenes=1000):
 
 def monitor_readings(model, heads, args, scenes):
     """(Readings of all groups, {group: what gather_readings found, and its rows}) about ``calib`` scenes."""
-    def plain(start, count):
-        return Dataset.scenes("calib", count, args.data_seed, start=start).rows
+    def plain(start, count, templates="plain"):
+        return Dataset.scenes("calib", count, args.data_seed, start=start, templates=templates).rows
 
-    def tools(start, count):
-        return Dataset.tools("calib", count, args.data_seed, start=start, pools=("known", "calib")).rows
+    def tools(start, count, templates="plain"):
+        return Dataset.tools("calib", count, args.data_seed, start=start, pools=("known", "calib"),
+                             templates=templates).rows
 
-    asked = {"scenes": plain(0, scenes)}
+    half = scenes // 2
+    asked = {"scenes": [*plain(0, scenes - half), *plain(scenes - half, half, "wide")]}
     for number, kind in enumerate(CORRUPTIONS):
         start, count = scenes + number * scenes // 10, max(scenes // 10, 1)
         asked[kind] = judging.corrupted([*plain(start, count), *tools(start, count)], kind)
-    asked["tools"] = [*tools(0, scenes), *judging.with_new_keys(tools(scenes, 3 * scenes // 2), args.data_seed)]
+    asked["tools"] = [*tools(0, scenes - half), *tools(scenes - half, half, "wide"),
+                      *judging.with_new_keys(tools(scenes, scenes), args.data_seed),
+                      *judging.with_new_keys(tools(2 * scenes, half, "wide"), args.data_seed)]
     asked["memory"] = memory_rows("calib", max(scenes // 3, 3), args.data_seed)
     for number, kind in enumerate(TAUGHT, start=len(CORRUPTIONS)):
         asked[kind] = plain(scenes + number * scenes // 10, max(scenes // 20, 1))
@@ -125,9 +129,12 @@ def main(argv=None):
 
     # ------------------------------------------------------------------ stage 1
     scenes = args.scenes or (40 if args.tiny else 3000)
-    tool_rows = [*Dataset.tools("train", scenes, args.data_seed, pools=("train", "known")).rows,
+    half, wide = scenes // 2, {"templates": "wide"}
+    tool_rows = [*Dataset.tools("train", scenes - half, args.data_seed, pools=("train", "known")).rows,
+                 *Dataset.tools("train", half, args.data_seed, scenes - half, pools=("train", "known"), **wide).rows,
                  *memory_rows("train", scenes // 3, args.data_seed)]
-    plain_rows = Dataset.scenes("train", scenes // 4, args.data_seed).rows
+    plain_rows = [*Dataset.scenes("train", scenes // 8, args.data_seed).rows,
+                  *Dataset.scenes("train", scenes // 8, args.data_seed, scenes // 8, **wide).rows]
     held_rows = [*Dataset.tools("val", max(scenes // 12, 8), args.data_seed, pools=("train", "calib")).rows,
                  *memory_rows("val", max(scenes // 36, 3), args.data_seed)]
     held_plain = Dataset.scenes("val", max(scenes // 48, 4), args.data_seed).rows

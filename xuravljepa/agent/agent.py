@@ -23,12 +23,12 @@ from xuracore.tensor import Tensor
 from xuracore.threads import one_blas_thread
 from xuravljepa import angn
 from xuravljepa.agent import session
+from xuravljepa.agent.arguments import speaks_of_earlier
 from xuravljepa.agent.builtin import KnowledgeBase
 from xuravljepa.agent.confusion import UNCHARTED, at_least, foreign_words, monitor_features, views
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import Injection
-from xuravljepa.agent.arguments import speaks_of_earlier
 from xuravljepa.agent.recursion import Reading, RecursionConfig, RecursionLayer
 from xuravljepa.agent.scene_tools import register_scene_tools
 from xuravljepa.agent.tools import ToolRegistry, ToolResult, Usefulness

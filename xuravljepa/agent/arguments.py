@@ -17,6 +17,17 @@ import string
 from xuravljepa.agent.errors import ArgumentError, ToolError
 
 MAX_QUESTION = 2000  # characters in which patterns are searched: bounds their running time
+_MARK = r"(?:earlier|before|previously|from memory)"
+# At the beginning; or at the end of a question in the past tense: "what is left of it, before?" is none.
+_EARLIER = re.compile(rf"^\s*{_MARK}\b[\s,:]*\S|"
+                      rf"\b(?:was|were|did|had|seen|saw)\b.*\b{_MARK}\s*[?.!]*\s*$",
+                      re.IGNORECASE | re.DOTALL)
+_PRESENT = (  # in this order
+    (rf"^\s*{_MARK}\b[\s,:]*", ""), (rf"[\s,]*\b{_MARK}\s*([?.!]*)\s*$", r"\1"),
+    (r"^have you seen\b", "do you see"), (r"\bdid you see\s*([?.!]*)$", r"are there\1"),
+    (r"^did you see\b", "do you see"), (r"^was (an? .+?) there\b", r"is there \1"),
+    (r"\bwas\b", "is"), (r"\bwere\b", "are"), (r"\bdid\b", "does"),
+)
 _NUMBERS = {int: re.compile(r"[+-]?[0-9]{1,18}"), float: re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")}
 
 
@@ -117,6 +128,34 @@ class Constant:
 
     def __repr__(self):
         return f"Constant({self.value!r})"
+
+
+class InThePresent:
+    """The source of an argument: the question as it would have been asked of an earlier picture at the time."""
+
+    def __init__(self):
+        self.pattern = _EARLIER
+
+    def patterns(self):
+        return [self.pattern]
+
+    def resolve(self, parameter, question, groups, ask):
+        return in_the_present(question)
+
+    def __repr__(self):
+        return "InThePresent()"
+
+
+def speaks_of_earlier(question):
+    """Whether a question is about what was seen before: no picture in view can answer it."""
+    return len(question) <= MAX_QUESTION and _EARLIER.search(question) is not None
+
+
+def in_the_present(question):
+    """"was there a red circle before?" → "is there a red circle?"."""
+    for pattern, words in _PRESENT:
+        question = re.sub(pattern, words, question.strip(), flags=re.IGNORECASE)
+    return question
 
 
 def matches(sources, question):

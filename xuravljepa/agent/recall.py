@@ -18,42 +18,13 @@ import numpy as np
 
 from xuracore import no_grad
 from xuracore.errors import ConfigError, FormatError, ShapeError
+from xuravljepa.agent.arguments import InThePresent
 from xuravljepa.agent.memory import Memory, MemoryConfig, VisualMemory
 from xuravljepa.agent.tools import Output
 from xuravljepa.model import CAPTION_QUERY
 
-_MARK = r"(?:earlier|before|previously|from memory)"
-# At the beginning; or at the end of a question in the past tense: "what is left of it, before?" is none.
-EARLIER = (rf"^\s*{_MARK}\b[\s,:]*\S|"
-           rf"\b(?:was|were|did|had|seen|saw)\b.*\b{_MARK}\s*[?.!]*\s*$")
-_PRESENT = (  # in this order
-    (rf"^\s*{_MARK}\b[\s,:]*", ""), (rf"[\s,]*\b{_MARK}\s*([?.!]*)\s*$", r"\1"),
-    (r"^have you seen\b", "do you see"), (r"\bdid you see\s*([?.!]*)$", r"are there\1"),
-    (r"^did you see\b", "do you see"), (r"^was (an? .+?) there\b", r"is there \1"),
-    (r"\bwas\b", "is"), (r"\bwere\b", "are"), (r"\bdid\b", "does"),
-)
 MOST_SEARCHED = 64  # memories that one question is put to
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
-
-
-class InThePresent:
-    """The source of an argument: the question as it would have been asked of an earlier picture at the time."""
-
-    def __init__(self):
-        self.pattern = re.compile(EARLIER, re.IGNORECASE | re.DOTALL)
-
-    def patterns(self):
-        return [self.pattern]
-
-    def resolve(self, parameter, question, groups, ask):
-        return in_the_present(question)
-
-
-def in_the_present(question):
-    """"was there a red circle before?" → "is there a red circle?"."""
-    for pattern, words in _PRESENT:
-        question = re.sub(pattern, words, question.strip(), flags=re.IGNORECASE)
-    return question
 
 
 @dataclasses.dataclass(frozen=True)

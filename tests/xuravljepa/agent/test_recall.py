@@ -12,11 +12,12 @@ from xuracore import io
 from xuracore.errors import ConfigError, FormatError, ShapeError
 from xuravljepa.agent import memory as memories
 from xuravljepa.agent.agent import Agent
+from xuravljepa.agent.arguments import InThePresent, in_the_present, speaks_of_earlier
 from xuravljepa.agent.errors import MemoryBusyError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.memory import MemoryConfig
 from xuravljepa.agent import recall
-from xuravljepa.agent.recall import InThePresent, Recollection, frames_in, in_the_present, picture_of
+from xuravljepa.agent.recall import Recollection, frames_in, picture_of
 from xuravljepa.agent.tools import ToolRequest
 from xuravljepa.agent.selective import Decode, SelectiveConfig, SelectiveDecoder
 from xuravljepa.model import VLJEPA
@@ -339,7 +340,15 @@ def test_what_speaks_of_earlier_goes_to_memory_in_the_present_tense(question, pr
 @pytest.mark.parametrize("question", ["what is earlier than red?", "beforehand?", "is there a red circle before?",
                                       "earlier", "was there a red circle?", "which is before the last?"])
 def test_other_questions_do_not(question):
-    assert not InThePresent().pattern.search(question)
+    assert not InThePresent().pattern.search(question) and not speaks_of_earlier(question)
+
+
+def test_no_picture_in_view_answers_what_is_asked_about_earlier(model):
+    sure = agent_of(model)
+    sure.heads.monitor.output.bias.data[:] = -6.0
+    assert not sure.ask(picture(0), "is there a red circle?").unsure
+    reply = sure.ask(picture(0), "was there a red circle before?")
+    assert reply.unsure and reply.reason == "no_tool" and "earlier" in reply.trace.steps[0].note
 
 
 def test_every_question_about_earlier_that_is_taught_is_understood():
