@@ -4,11 +4,15 @@ from collections import Counter
 
 import pytest
 
+from training.data.dataset import Dataset
 from training.data.questions import MAX_QUERY_BYTES, TEMPLATE_SETS
 from training.data.scenes import SHAPES, scene
 from training.data.tools_data import (ADDENDS, KNOWN_SHOPS, POOL_SIZES, POOLS, price_list, shop_names,
                                       tool_questions, write_price_list)
 from xuracore.errors import ConfigError
+from xuravljepa.agent.builtin import KnowledgeBase
+from xuravljepa.agent.scene_tools import register_scene_tools
+from xuravljepa.agent.tools import ToolRegistry
 
 OTHER = {"grey": "gray", "discs": "circle", "disc": "circle", "boxes": "square", "box": "square"}
 
@@ -88,3 +92,19 @@ def test_bad_requests_are_named():
         tool_questions(scene("test", 0), "test", templates="other")
     with pytest.raises(ConfigError, match="'weight'"):
         tool_questions(scene("test", 0), "test", types=["weight"])
+
+
+@pytest.mark.parametrize("templates", ["plain", "wide", "paraphrase"])
+def test_the_agent_s_tools_find_their_arguments_in_any_wording(templates):
+    registry = ToolRegistry()
+    register_scene_tools(registry, KnowledgeBase({"shop": {"circle": 1}}))
+    tools = {tool.name: tool for tool in registry}
+    rows = [row for row in Dataset.tools("test", 60, 0, pools=("known", "test"), templates=templates).rows if row.tool]
+    assert len(rows) > 100
+    for row in rows:
+        wanted = row.tool["arguments"]
+        found = tools[row.tool["name"]].fill(row.query, lambda question: "circle" if "shape" in question else "3")
+        if "shop" in wanted:
+            assert found["shop"] == wanted["shop"], row.query
+        else:
+            assert found["expression"].split()[0] == wanted["expression"].split()[0], row.query

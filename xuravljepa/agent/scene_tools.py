@@ -3,8 +3,11 @@
 from xuravljepa.agent.arguments import AskModel, FromQuestion, Template
 from xuravljepa.agent.builtin import calculator
 
-_COLOUR = r"(?:price of|what does) (?:the )?(?P<colour>\w+)"
-_SHAPE = r"number of (?P<shape>\w+?)s\b"
+# What is asked about is found by its words, wherever they stand: the shipped model knows hundreds of wordings.
+_COLOUR = r"\b(?P<colour>red|orange|yellow|green|cyan|blue|purple|gr[ae]y)\b"
+_SHAPE = r"\b(?P<shape>circle|disc|square|boxe(?=s)|box|triangle)s?\b"
+_SHOP = r"\b(?:at|in|from) (?!(?:the|this|a)\b)(\w+)"
+_NUMBER = r"\b(\d+)\b"
 
 
 def register_scene_tools(registry, knowledge, **settings):
@@ -16,14 +19,14 @@ def register_scene_tools(registry, knowledge, **settings):
     registry.register(
         knowledge.lookup,
         description="Look up what a thing costs at a shop.",
-        arguments={"shop": FromQuestion(r"(?:price|cost)\b.*\bat (\w+)"),
+        arguments={"shop": FromQuestion(_SHOP),
                    "item": AskModel("what shape is the {colour} one?", _COLOUR)},
         isolation="inline", **settings,
     )
     registry.register(
         calculator,
         description="Work out a sum of numbers.",
-        arguments={"expression": Template("{a} + {count}", a=FromQuestion(r"\b(\d+) (?:plus|to)\b", int),
+        arguments={"expression": Template("{a} + {count}", a=FromQuestion(_NUMBER, int),
                                           count=AskModel("how many {shape}s are there?", _SHAPE, int))},
         isolation="inline", **settings,
     )
