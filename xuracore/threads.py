@@ -212,15 +212,18 @@ def share(calls, work):
     """Make ``calls``, (function, arguments …) each, on the threads there are, with BLAS on one thread in each.
 
     For tasks that are chains of small matrix products and kernels: BLAS would split each small product
-    instead.  Less than a few million scalar operations of ``work`` stay in the calling thread.
+    instead.  Less than a few million scalar operations of ``work`` stay in the calling thread, and so do tasks
+    so small that threads would mostly wait for the interpreter's lock.
     """
-    workers = min(len(calls), get_num_threads()) if work >= SHARED_WORK and parallel_allowed() else 1
+    worth = work >= max(SHARED_WORK, TASK_WORK * len(calls))
+    workers = min(len(calls), get_num_threads()) if worth and parallel_allowed() else 1
     runs = [calls[i::workers] for i in range(max(1, workers))]
     with one_blas_thread():
         run([(_in_turn, each) for each in runs])
 
 
 SHARED_WORK = 2_000_000  # handing tasks to another thread costs as much as a million products
+TASK_WORK = 4_000_000  # of each task on average: some hundred microseconds
 
 
 def _in_turn(calls):
