@@ -12,9 +12,10 @@ In mode "state" each layer's S (heads, P, N) receives a write of the same form a
 
     S' = a ∘ S + Σ_r g_r (X_r k) ⊗ Rot(θ)(B_r k),       a = 2σ(α + A k) per head
 
-g, α and A start at zero: a is 1, and a new injector changes nothing at all.  Mamba-3 keys live in a frame that turns with the cumulative angle θ: the written key is
-turned by the current θ, so that later reads see it as written now.  θ itself and the previous token's key and
-value are left alone.  The change is limited to ``max_change`` times the size of the state (Frobenius norms).
+g, α and A start at zero: a is 1, and a new injector changes nothing at all.  Mamba-3 keys live in a frame that
+turns with the cumulative angle θ: the written key is turned by the current θ, so that later reads see it as
+written now.  θ itself and the previous token's key and value are left alone.  The change is limited to
+``max_change`` times the size of the state (Frobenius norms).
 
 The target is what reading would have done: S* after the tool's text, less S before it, both seen in the
 frame of their own θ (``relative``).
