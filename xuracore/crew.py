@@ -19,6 +19,7 @@ BOX_WORDS = 16  # two cache lines: neighbours must not share one
 LEAVE = 8  # byte offset of the word that calls a watching worker back to Python
 PROCESSOR = 16  # byte offset of the word that says where the worker was last
 NEXT, LEFT, PARTS, RANGE, KERNEL, FUNCTION, FAILED, ARGUMENTS = range(8)  # words of a task; the arguments follow
+MOST_WORKERS = 62  # that share a task: a word has a bit for each
 WATCHES = 4000  # looks at the box, some 20 to 40 ns each, before a worker sleeps
 PATIENCE = 2000  # looks at those who are still busy, before the caller lets others have the processor
 

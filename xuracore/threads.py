@@ -15,7 +15,7 @@ import sys
 import threading
 from pathlib import Path
 
-from xuracore.crew import BOX_WORDS, LEAVE, WATCHING
+from xuracore.crew import BOX_WORDS, LEAVE, MOST_WORKERS, WATCHING
 from xuracore.errors import ConfigError
 
 _threads = None  # chosen by set_num_threads; None until then
@@ -186,8 +186,8 @@ def boxes():
 
 
 def workers():
-    """How many workers there are."""
-    return _workers
+    """How many workers may share a task."""
+    return min(_workers, MOST_WORKERS)
 
 
 def spread():
