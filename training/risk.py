@@ -61,14 +61,14 @@ def measure(confidence, right):
 def question_sets(scenes, seed=0):
     """{name: (rows, change of their pictures or None)}: what the judges are measured on.
 
-    In domain, test scenes and tool keys of the pool ``test``.  Shifted: the corruptions, held-out colour × shape
+    In domain, test scenes, half of them asked in wide wordings, and tool keys of the pool ``test``.  Shifted: the corruptions, held-out colour × shape
     pairs, unseen wordings, and changes of the picture that no monitor was trained on.
     """
     def rows(split, count, **more):
         return Dataset.scenes(split, count, seed, **more).rows
 
     corrupted = rows("corrupt", scenes)
-    sets = {"pictures": (rows("test", 2 * scenes), None),
+    sets = {"pictures": ([*rows("test", scenes), *rows("test", scenes, start=scenes, templates="wide")], None),
             "tool questions": (Dataset.tools("test", 2 * scenes, seed, pools=("known", "test")).rows, None)}
     for kind in CORRUPTIONS:
         sets[kind] = [row for row in corrupted if row.image.corruption == kind], None

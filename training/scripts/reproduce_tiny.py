@@ -48,9 +48,7 @@ def phases(root, seed):
                                    "--seed", str(seed + 1)]),
         ("decoder", train_decoder.main,
          ["--model", f"{root}/jepa/model", "--scenes", "300", "--steps", "1000", *common]),
-        ("agent", train_agent.main,
-         ["--model", f"{root}/decoder/model", "--scenes", "1200", "--steps", "500", "--monitor-scenes", "700",
-          *common]),
+        ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "800", *common]),
     ]
 
 
