@@ -2,7 +2,8 @@
 
 Each judge gives a confidence in [0, 1] that the answer is right:
 
-    monitor        1 - p(wrong) of the ConfusionMonitor, which a question in foreign words raises, as in the agent
+    monitor        1 - p(wrong) of the ConfusionMonitor
+    agent          the same, but small where the question has words that no training had
     agreement      the answer's probability, averaged over the picture and its moved views
     max-softmax    the answer's probability
     margin         that, less the next answer's
@@ -24,7 +25,7 @@ from training.phases import monitor as judging
 from training.phases.common import generator
 from xuravljepa.agent.confusion import UNCHARTED, at_least, foreign_words
 
-JUDGES = ("monitor", "agreement", "max-softmax", "margin", "entropy")
+JUDGES = ("monitor", "agent", "agreement", "max-softmax", "margin", "entropy")
 RISKS = (0.01, 0.05, 0.10)
 MEASURES = {
     "auroc": "AUROC", "aupr": "AUPR (wrong)", "ece": "ECE", "ece_mass": "ECE, equal mass", "brier": "Brier",
@@ -87,8 +88,9 @@ def judge(model, heads, rows, change=None, report=None):
     agreement = 1 / (1 + np.exp(judging.column(found["features"], "agreement").astype(np.float64)))
     p = heads.monitor.p_wrong(found["features"])
     foreign = np.array([bool(foreign_words(row.query, heads.config.words)) for row in rows])
-    confidence = {"monitor": 1 - np.where(foreign, at_least(UNCHARTED, p), p), "agreement": agreement,
-                  "max-softmax": found["top"], "margin": found["margin"], "entropy": 1 - found["entropy"]}
+    confidence = {"monitor": 1 - p, "agent": 1 - np.where(foreign, at_least(UNCHARTED, p), p),
+                  "agreement": agreement, "max-softmax": found["top"], "margin": found["margin"],
+                  "entropy": 1 - found["entropy"]}
     picture = np.array([row.image.index for row in rows])
     return Judged(found["wrong"], {name: np.clip(confidence[name], 0, 1) for name in JUDGES}, picture)
 
