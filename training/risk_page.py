@@ -14,16 +14,16 @@ SHOWN = ("auroc", "aupr", "ece", "ece_mass", "brier", "nll", "aurc", "e_aurc", "
 CHART = (560, 330)
 _STYLE = """
 :root { color-scheme: light; --line: #d9dde3; --quiet: #5b6572; --good: #1b7f4b; --ink: #1c2430; }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1180px; margin: 2rem auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); max-width: 1240px; margin: 2rem auto;
   padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin: 0 0 .3rem; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .4rem; }
 p.note { color: var(--quiet); margin: .2rem 0 .8rem; max-width: 72ch; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
 table { font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .4rem; text-align: right; border-bottom: 1px solid var(--line); }
+th, td { padding: .35rem .3rem; text-align: right; border-bottom: 1px solid var(--line); }
 td, tbody th { white-space: nowrap; }
 th:first-child { text-align: left; } thead th { color: var(--quiet); font-weight: 600; font-size: .85rem; }
-td small { display: block; color: var(--quiet); font-size: .7rem; font-weight: 400; }
+td small { display: block; color: var(--quiet); font-size: .66rem; font-weight: 400; }
 td.best { color: var(--good); font-weight: 600; }
 tr.monitor { background: #f2f6fb; }
 .charts { display: flex; flex-wrap: wrap; gap: .5rem; margin: .6rem 0; }
