@@ -71,7 +71,7 @@ def main(argv=None):
     if "session" in wanted:
         result["session"] = trust.session_report(agent, max(args.scenes // 4, 1), seed=seed, report=report("session"))
     if "modes" in wanted:
-        heads = {agent.heads.config.injector.mode: agent.heads}
+        heads = {"as shipped": agent.heads}
         for folder in args.heads:
             other = load_heads(agent.model, folder)
             heads[other.config.injector.mode] = other
