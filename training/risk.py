@@ -23,7 +23,7 @@ from training.data.scenes import CORRUPTIONS
 from training.data.strange import UNTAUGHT, untaught
 from training.phases import monitor as judging
 from training.phases.common import generator
-from xuravljepa.agent.confusion import UNCHARTED, at_least, foreign_words
+from xuravljepa.agent.confusion import FOREIGN, at_least, foreign_words
 
 JUDGES = ("monitor", "agent", "agreement", "max-softmax", "margin", "entropy")
 RISKS = (0.01, 0.05, 0.10)
@@ -69,7 +69,8 @@ def question_sets(scenes, seed=0):
         return Dataset.scenes(split, count, seed, **more).rows
 
     corrupted = rows("corrupt", scenes)
-    sets = {"pictures": ([*rows("test", scenes), *rows("test", scenes, start=scenes, templates="wide")], None),
+    plain, wide = rows("test", scenes), rows("test", scenes, start=scenes, templates="wide")
+    sets = {"pictures": ([*plain, *wide], None),
             "tool questions": (Dataset.tools("test", 2 * scenes, seed, pools=("known", "test")).rows, None)}
     for kind in CORRUPTIONS:
         sets[kind] = [row for row in corrupted if row.image.corruption == kind], None
@@ -88,7 +89,7 @@ def judge(model, heads, rows, change=None, report=None):
     agreement = 1 / (1 + np.exp(judging.column(found["features"], "agreement").astype(np.float64)))
     p = heads.monitor.p_wrong(found["features"])
     foreign = np.array([bool(foreign_words(row.query, heads.config.words)) for row in rows])
-    confidence = {"monitor": 1 - p, "agent": 1 - np.where(foreign, at_least(UNCHARTED, p), p),
+    confidence = {"monitor": 1 - p, "agent": 1 - np.where(foreign, at_least(FOREIGN, p), p),
                   "agreement": agreement, "max-softmax": found["top"], "margin": found["margin"],
                   "entropy": 1 - found["entropy"]}
     picture = np.array([row.image.index for row in rows])

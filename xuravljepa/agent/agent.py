@@ -25,7 +25,7 @@ from xuravljepa import angn
 from xuravljepa.agent import session
 from xuravljepa.agent.arguments import speaks_of_earlier
 from xuravljepa.agent.builtin import KnowledgeBase
-from xuravljepa.agent.confusion import UNCHARTED, at_least, foreign_words, monitor_features, views
+from xuravljepa.agent.confusion import FOREIGN, at_least, foreign_words, monitor_features, views
 from xuravljepa.agent.errors import ReplayError
 from xuravljepa.agent.heads import AgentConfig, AgentHeads
 from xuravljepa.agent.injector import Injection
@@ -446,7 +446,7 @@ class _Monitor:
         features = monitor_features(seen["pooled"], seen["cosines"], seen["scale"], seen["gate"],
                                     seen["strangeness"], depth, seen["change"], seen["moved"])
         p = float(self.monitor.p_wrong(features)[0])
-        return float(at_least(UNCHARTED, p)) if self.note else p
+        return float(at_least(FOREIGN, p)) if self.note else p
 
 
 class _Selector:

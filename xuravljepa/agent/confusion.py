@@ -26,6 +26,7 @@ NUMBERS = ("agreement", "top probability", "top cosine", "margin", "entropy", "e
            "spread of views", "gate", "strangeness of [CLS]", "mean strangeness of patches",
            "greatest strangeness of a patch", "depth", "state change")
 UNCHARTED = 0.9  # least p(wrong) for a picture unlike all that the monitor was calibrated on
+FOREIGN = 0.5  # the same for a question in words that no training had: it may ask for what the model never learned
 LEAST = 1e-7  # probability, and its distance from 1, beyond which log odds do not grow
 
 
