@@ -62,8 +62,9 @@ def measure(confidence, right):
 def question_sets(scenes, seed=0):
     """{name: (rows, change of their pictures or None)}: what the judges are measured on.
 
-    In domain, test scenes, half of them asked in wide wordings, and tool keys of the pool ``test``.  Shifted: the corruptions, held-out colour × shape
-    pairs, unseen wordings, and changes of the picture that no monitor was trained on.
+    In domain: test scenes, half of them asked in wide wordings, and tool keys of the pool ``test``.  Shifted:
+    the corruptions, held-out colour × shape pairs, unseen wordings, and changes of the picture that no monitor was
+    trained on.
     """
     def rows(split, count, **more):
         return Dataset.scenes(split, count, seed, **more).rows
