@@ -434,7 +434,7 @@ class _Monitor:
         self.reason = "it asks about earlier" if earlier else ""
         if foreign:
             self.reason = f"words it was not taught: {', '.join(foreign)}"
-        self.misunderstood = trained and bool(foreign)
+        self.foreign = foreign if trained else ()
 
     def p_wrong(self, reading, depth):
         """A question with words that no training had is not understood, and one about earlier is not answered by the

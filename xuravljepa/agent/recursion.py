@@ -23,6 +23,7 @@ from typing import Protocol
 
 from xuracore.errors import ConfigError
 from xuravljepa.agent.budget import Budget, Meter
+from xuravljepa.agent.confusion import words_of
 from xuravljepa.agent.errors import ArgumentError, ReplayError
 from xuravljepa.agent.sandbox_worker import describe_error
 from xuravljepa.agent.tools import ToolFailure, ToolRequest, ToolResult, Usefulness
@@ -62,8 +63,8 @@ class Monitor(Protocol):
     def p_wrong(self, reading: Reading, depth: int) -> float:
         """Probability that the reading's answer is wrong; ``depth`` counts the re-readings so far.
 
-        What an attribute ``note`` then says goes into the trace.  Where ``misunderstood`` is true, no reading of this
-        question is to be trusted, and what a tool says is given as it stands.
+        What an attribute ``note`` then says goes into the trace.  Where ``foreign`` holds words of the question that
+        no tool took as an argument, no reading of it is to be trusted, and what a tool says is given as it stands.
         """
 
 
@@ -177,7 +178,7 @@ class _Search:
     def outcome(self):
         self.reading = self.layer.reader.read(None)
         self.p, note = self._doubt(self.reading)
-        self.misunderstood = getattr(self.layer.monitor, "misunderstood", False)
+        self.foreign = getattr(self.layer.monitor, "foreign", ())
         self.best, self.best_p = self.reading, self.p
         self._record("read", p_wrong_after=self.p, candidates=self._nearest(), note=note)
         stop = None
@@ -273,20 +274,24 @@ class _Search:
         self._read_again(request, result, reading, float(change))
         return None
 
-    def _as_it_stands(self, result):
-        """Why the result itself is the answer, if it is: no reading can say it, or none understands the question."""
+    def _as_it_stands(self, request, result):
+        """Why the result itself is the answer, if it is: no reading can say it, or none understands the question.
+
+        A word that the tool took as an argument, the name of a shop say, is understood by the tool.
+        """
         known = self.layer.answers
         number = type(result.value) in (int, float) and len(result.text) <= MAX_DIGITS
         if known is not None and number and result.text not in known:
             return "the number is none of the known answers: it is given as the tool gave it"
-        if self.misunderstood and (number or known is not None and result.text in known):
+        misunderstood = set(self.foreign) - set(words_of(map(str, request.arguments.values())))
+        if misunderstood and (number or known is not None and result.text in known):
             return "the question is not understood: the answer is given as the tool gave it"
         return ""
 
     def _read_again(self, request, result, reading, change):
         self.meter.depth += 1
         before, earlier = self.p, self.reading
-        if note := self._as_it_stands(result):
+        if note := self._as_it_stands(request, result):
             reading = dataclasses.replace(reading, answer=result.text)
             self.p = self.tools[request.tool].usefulness.errs
         else:

@@ -6,7 +6,7 @@ from xuravljepa.agent.builtin import calculator
 # What is asked about is found by its words, wherever they stand: the shipped model knows hundreds of wordings.
 _COLOUR = r"\b(?P<colour>red|orange|yellow|green|cyan|blue|purple|gr[ae]y)\b"
 _SHAPE = r"\b(?P<shape>circle|disc|square|boxe(?=s)|box|triangle)s?\b"
-_SHOP = r"\b(?:at|in|from) (?!(?:the|this|a)\b)(\w+)"
+_SHOP = r"\bat (?!(?:the|this|a)\b)(\w+)"
 _NUMBER = r"\b(\d+)\b"
 
 
