@@ -6,8 +6,6 @@ status 1 if resident memory or open files grow, or if a part differs from the fi
 """
 
 import argparse
-import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -15,6 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+from tests.campaigns.faults import memory_and_files
 from training.data.questions import questions
 from training.data.scenes import render, scene
 from training.data.tools_data import tool_questions
@@ -33,15 +32,6 @@ def exam(count):
         asked += [(number, one.query, one.answer) for one in found]
         number += 1
     return asked[:count]
-
-
-def memory_and_files():
-    """Resident MiB and open files of this process; the highest resident size where there is no /proc."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**20, len(os.listdir("/proc/self/fd"))
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 0
 
 
 def soak(agent, count):
