@@ -2,6 +2,11 @@
 
 The embedding is turned into ``prefix_length`` vectors that stand in front of the text; the same form
 is used in training and inference.  The output head is tied to the embedding table.
+
+One embedding of a whole caption names the objects of a picture, but hardly keeps their order.  So with
+``look_dim`` every layer ends in a look at the picture as the predictor reads it (``Predictor.sight``): an
+attention from each position of the text to all tokens of the picture.  The embedding says what is asked, the
+picture how it is.  Without a picture nothing is added, and the text comes from the embedding alone.
 """
 
 import heapq
@@ -15,6 +20,7 @@ from xuracore.config import Config, require, require_positive
 from xuracore.errors import ShapeError
 from xuracore.tensor import Tensor
 from xuravljepa.layer import Layer
+from xuravljepa.predictor import Sight, place_vectors
 from xuravljepa.tokenizer import BOS, EOS, PAD, VOCABULARY_SIZE, ByteTokenizer, pad_rows
 
 _FREE = (*range(256), EOS)  # what may follow any text: a byte, or the end
@@ -34,6 +40,8 @@ class DecoderConfig(Config):
     max_length: int = 128
     embed_dim: int = 1536
     norm_eps: float = 1e-5
+    look_dim: int = 0  # width of the picture's tokens that the layers look at, the predictor's; 0: they cannot
+    look_places: int = 0  # places of the picture that a token may have
 
     def __post_init__(self):
         require_positive(self, "d_model", "n_layers", "d_state", "expand", "headdim", "embed_dim",
@@ -41,10 +49,35 @@ class DecoderConfig(Config):
         require(self.max_length >= 2, f"max_length is {self.max_length}; BOS and EOS alone need 2")
         require(self.vocab_size >= VOCABULARY_SIZE,
                 f"vocab_size is {self.vocab_size}; bytes and special tokens need {VOCABULARY_SIZE}")
+        require(min(self.look_dim, self.look_places) >= 0, f"look_dim is {self.look_dim} and look_places "
+                f"{self.look_places}; expected 0, for none, or more")
+        require(not self.look_dim or self.d_model % self.look_heads == 0,
+                f"d_model {self.d_model} is not a multiple of {self.look_heads} heads, as many as the mixer has")
+
+    @property
+    def look_heads(self):
+        """Heads of a look: as many as a mixer has."""
+        return max(1, self.d_model * self.expand // self.headdim)
+
+
+class Look(nn.Module):
+    """h (B, L, d), seen (B, M, d) → h + attention(norm h, seen).  At first it adds nothing."""
+
+    def __init__(self, config, *, rng):
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attention = nn.MultiheadAttention(config.d_model, config.look_heads, bias=False, rng=rng)
+        self.attention.out_proj.weight.data[:] = 0
+
+    def forward(self, h, seen):
+        return h + self.attention(self.norm(h), seen)
 
 
 class Decoder(nn.Module):
-    """embedding (B, E) and tokens (B, L), starting with BOS → logits (B, L, vocabulary) of the next token."""
+    """embedding (B, E) and tokens (B, L), starting with BOS → logits (B, L, vocabulary) of the next token.
+
+    sight : of every method that has it, the Sight of B pictures; None, or a decoder that cannot look: the
+    embedding alone.
+    """
 
     def __init__(self, config, *, rng):
         self.config = config
@@ -52,13 +85,26 @@ class Decoder(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.d_model, rng=rng,
                                             std=config.d_model**-0.5)
         self.layers = nn.ModuleList(Layer(config, rng=rng) for _ in range(config.n_layers))
+        if config.look_dim:
+            self.look_proj = nn.Linear(config.look_dim, config.d_model, rng=rng)
+            self.look_position = nn.Parameter(place_vectors(config.look_places, config.d_model))
+            self.looks = nn.ModuleList(Look(config, rng=rng) for _ in range(config.n_layers))
         self.final_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self._tokenizer = ByteTokenizer()
 
-    def _run(self, h, states, mask=None):
+    def _seen(self, sight):
+        """Sight → (B, M, d), or None."""
+        if sight is None or not self.config.look_dim:
+            return None
+        seen = self.look_proj(sight.tokens)
+        return seen if sight.places is None else seen + ops.embedding(self.look_position, sight.places)
+
+    def _run(self, h, states, mask=None, seen=None):
         after = []
-        for layer, state in zip(self.layers, states or [None] * len(self.layers)):
+        for i, (layer, state) in enumerate(zip(self.layers, states or [None] * len(self.layers))):
             h, state = layer(h, state, mask)
+            if seen is not None:
+                h = self.looks[i](h, seen)
             after.append(state)
         return h, after
 
@@ -69,16 +115,16 @@ class Decoder(nn.Module):
         """(B, E) → (B, prefix_length, d_model)."""
         return self.embed_to_prefix(embedding).reshape(-1, self.config.prefix_length, self.config.d_model)
 
-    def forward(self, embedding, tokens):
+    def forward(self, embedding, tokens, sight=None):
         prefix = self.prefix(embedding)
         h = ops.concatenate(prefix, self.token_embedding(tokens), axis=1)
         mask = np.concatenate([np.ones(prefix.shape[:2], bool), tokens != PAD], axis=1)
-        h, _ = self._run(h, None, None if mask.all() else mask)
+        h, _ = self._run(h, None, None if mask.all() else mask, self._seen(sight))
         return self._logits(h[:, self.config.prefix_length :])
 
-    def loss(self, embedding, tokens, label_smoothing=0.0):
+    def loss(self, embedding, tokens, label_smoothing=0.0, sight=None):
         """Mean cross-entropy of each token given those before it; tokens (B, L) from BOS to EOS, then PAD."""
-        logits = self.forward(embedding, tokens[:, :-1])
+        logits = self.forward(embedding, tokens[:, :-1], sight)
         return ops.cross_entropy(logits.reshape(-1, self.config.vocab_size), tokens[:, 1:].reshape(-1),
                                  ignore_index=PAD, label_smoothing=label_smoothing)
 
@@ -88,7 +134,7 @@ class Decoder(nn.Module):
         return pad_rows([[BOS, *self._tokenizer.encode(text, limit), EOS] for text in texts])
 
     @no_grad()
-    def log_probability(self, embedding, texts):
+    def log_probability(self, embedding, texts, sight=None):
         """(n,) float64: of each of n texts given one embedding (E,), all its bytes and the end; for choosing exactly.
 
         ``generate(allowed=…)`` takes the likeliest byte at each fork, which is faster with very many texts but may
@@ -98,20 +144,21 @@ class Decoder(nn.Module):
             raise ShapeError("there are no texts to choose from")
         ids = self.tokens(texts)
         given = np.broadcast_to(_array(embedding).reshape(1, -1), (len(ids), self.config.embed_dim))
-        scores = ops.log_softmax(self.forward(given, ids[:, :-1]), axis=-1).data.astype(np.float64)
+        sight = sight and Sight(*(part if part is None else np.repeat(part, len(ids), axis=0) for part in sight))
+        scores = ops.log_softmax(self.forward(given, ids[:, :-1], sight), axis=-1).data.astype(np.float64)
         said = np.take_along_axis(scores, ids[:, 1:, None], axis=2)[:, :, 0]
         return (said * (ids[:, 1:] != PAD)).sum(axis=1)
 
     @no_grad()
-    def write(self, embeddings, max_length=None):
+    def write(self, embeddings, max_length=None, sight=None):
         """The texts (n strings) of n embeddings (n, E): as ``generate`` without ``allowed``, all at once."""
         limit = self._limit(max_length)
-        given = _array(embeddings)
-        _, states = self._run(self.prefix(given), None)
+        given, seen = _array(embeddings), self._seen(sight)
+        _, states = self._run(self.prefix(given), None, None, seen)
         free, token = np.array(_FREE), np.full(len(given), BOS)
         ids, running = [], np.ones(len(given), bool)
         while running.any() and len(ids) < limit - 1:
-            h, states = self._run(self.token_embedding(token[:, None]), states)
+            h, states = self._run(self.token_embedding(token[:, None]), states, None, seen)
             token = np.where(running, free[self._logits(h).data[:, -1, free].argmax(axis=1)], EOS)
             running &= token != EOS
             ids.append(token)
@@ -125,7 +172,7 @@ class Decoder(nn.Module):
         return limit
 
     @no_grad()
-    def generate(self, embedding, max_length=None, allowed=None, beams=1):
+    def generate(self, embedding, max_length=None, allowed=None, beams=1, sight=None):
         """The most likely text for one embedding (E,) or (1, E), byte by byte.
 
         max_length : tokens at most, BOS and EOS included; by default, and never more than, the config's.
@@ -141,10 +188,13 @@ class Decoder(nn.Module):
             follow = _trie([self._tokenizer.encode(text, limit - 2) for text in allowed])
             if not follow:
                 raise ShapeError("no texts are allowed; pass None for free decoding")
-        _, states = self._run(self.prefix(_array(embedding).reshape(1, -1)), None)
+        seen = self._seen(sight)
+        _, states = self._run(self.prefix(_array(embedding).reshape(1, -1)), None, None, seen)
         live, done, token = [(0.0, (), follow)], [], np.array([[BOS]])
         while live and len(live[0][1]) < limit - 1:
-            h, states = self._run(self.token_embedding(token), states)
+            if seen is not None and len(seen.data) != len(token):
+                seen = seen[np.zeros(len(token), np.int64)]  # each beginning sees the same picture
+            h, states = self._run(self.token_embedding(token), states, None, seen)
             logits = self._logits(h).data[:, -1].astype(np.float64)
             logits -= np.logaddexp.reduce(logits, axis=1, keepdims=True)
             forks = [(total + logits[i, token], i, token) for i, (total, _, follow) in enumerate(live)

@@ -119,7 +119,9 @@ class VLJEPA(nn.Module):
     @no_grad()
     def embed(self, image, question=CAPTION_QUERY):
         """The predicted embedding (E,) of the answer to ``question`` about ``image``."""
-        visual = None if image is None else self.visual_tokens(self.pixels(image))
+        return self._embed(None if image is None else self.visual_tokens(self.pixels(image)), question)
+
+    def _embed(self, visual, question):
         return self.predictor(self.query_tokens([question]), visual).embedding.data[0]
 
     @no_grad()
@@ -128,10 +130,12 @@ class VLJEPA(nn.Module):
 
         decode : let the Y-Decoder write it; ``constrained`` then limits it to the known answers.
         """
-        embedding = self.embed(image, question)
+        visual = None if image is None else self.visual_tokens(self.pixels(image))
+        embedding = self._embed(visual, question)
         if decode:
             allowed = list(self.config.answers) if constrained and self.config.answers else None
-            return self.y_decoder.generate(embedding, allowed=allowed)[0]
+            sight = None if visual is None else self.predictor.sight(visual)
+            return self.y_decoder.generate(embedding, allowed=allowed, sight=sight)[0]
         return self.answer_bank()[0][int(self.similarities(embedding[None]).argmax())]
 
     @no_grad()
@@ -198,6 +202,17 @@ class VLJEPA(nn.Module):
         model.load_state_dict(state)
         return model.eval()
 
+    def looking(self, rng=None):
+        """The same model with a Y-Decoder that looks at the picture, and does not yet know what to look for.
+
+        What it writes stays as it was until it is trained.  A model whose decoder can look is returned as it is.
+        """
+        if self.config.decoder.look_dim:
+            return self
+        model = VLJEPA(self.config.looking(), rng=rng)
+        model.load_state_dict({**model.state_dict(), **self.state_dict()})
+        return model
+
 
 def _check_sizes(config, stored, path):
     """FormatError if ``config`` asks for much more than the ``stored`` numbers of its file could fill.
@@ -230,7 +245,7 @@ def parameter_counts(config):
     counts = {}
     for name, parameter in VLJEPA(flat, rng=_Zeros()).named_parameters():
         part, _, rest = name.partition(".")
-        copies = depths[part] if rest.startswith(("layers.", "blocks.")) else 1
+        copies = depths[part] if rest.startswith(("layers.", "blocks.", "looks.")) else 1
         counts[part] = counts.get(part, 0) + copies * parameter.size
     return counts
 

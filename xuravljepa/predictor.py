@@ -98,7 +98,14 @@ class Reading(NamedTuple):
     states: list
 
 
-def _positions(n_visual, dim):
+class Sight(NamedTuple):
+    """Pictures as they are read: tokens (B, n, d), and the place (B, n) of each, or None where they have no number."""
+
+    tokens: object
+    places: np.ndarray | None
+
+
+def place_vectors(n_visual, dim):
     """(n_visual, dim): half a 2-D sine table for a square of patches after [CLS]; zeros for other numbers."""
     side = math.isqrt(max(n_visual - 1, 0))
     return sine_positions(side, dim)[0] * 0.5 if side * side == n_visual - 1 else init.zeros((n_visual, dim))
@@ -113,7 +120,7 @@ class Predictor(nn.Module):
         self.token_embedding = WordEmbedding(config.vocab_size, WORD_BYTES, config.query_dim, rng=rng)
         self.query_proj = nn.Linear(config.query_dim, d, rng=rng)
         self.vision_proj = nn.Linear(config.vision_dim, d, rng=rng)
-        self.vision_position = nn.Parameter(_positions(config.n_visual, d))
+        self.vision_position = nn.Parameter(place_vectors(config.n_visual, d))
         self.register_buffer("vision_mean", np.zeros(config.vision_dim, np.float32))
         self.register_buffer("vision_whiten", np.eye(config.vision_dim, dtype=np.float32))
         self.read_proj = nn.Linear(d, d, bias=False, rng=rng)
@@ -144,8 +151,8 @@ class Predictor(nn.Module):
         self.vision_mean[:] = mean
         self.vision_whiten[:] = (axes * scale) @ axes.T
 
-    def _visual(self, visual):
-        """(B, 1 + patches, vision_dim) array → Segment: [CLS] and, in order, the patches that are read."""
+    def sight(self, visual):
+        """(B, 1 + patches, vision_dim) array → Sight: [CLS] and, in order, the patches that are read."""
         white = (visual - self.vision_mean) @ self.vision_whiten
         places = np.broadcast_to(np.arange(white.shape[1]), white.shape[:2])
         kept = self.config.n_salient
@@ -155,8 +162,13 @@ class Predictor(nn.Module):
             places = np.concatenate([np.zeros((len(white), 1), chosen.dtype), chosen], axis=1)
             white = np.take_along_axis(white, places[:, :, None], axis=1)
         tokens = self.vision_proj(white)
-        if visual.shape[1] == self.config.n_visual:  # others carry only the encoder's positions
-            tokens = tokens + ops.embedding(self.vision_position, places)
+        if visual.shape[1] != self.config.n_visual:  # others carry only the encoder's positions
+            return Sight(tokens, None)
+        return Sight(tokens + ops.embedding(self.vision_position, places), places)
+
+    def _visual(self, visual):
+        """(B, 1 + patches, vision_dim) array → Segment."""
+        tokens, _ = self.sight(visual)
         return Segment(tokens, np.ones(tokens.shape[:2], bool), np.full(tokens.shape[1], angn.VISUAL))
 
     def _read(self, question):

@@ -40,6 +40,10 @@ class VLJEPAConfig(Config):
         require(self.predictor.vision_dim == self.vision.d_model,
                 f"predictor.vision_dim {self.predictor.vision_dim} is not "
                 f"vision.d_model {self.vision.d_model}")
+        looks = self.decoder.look_dim, self.decoder.look_places
+        seen = self.predictor.d_model, self.predictor.n_visual
+        require(looks in ((0, 0), seen), f"decoder.look_dim and look_places are {looks}; expected (0, 0), or the "
+                f"predictor's {seen}")
         vision = self.vision
         require(self.predictor.n_visual == vision.n_tokens,
                 f"predictor.n_visual {self.predictor.n_visual} is not {vision.n_prefix} + {vision.n_patches} patches")
@@ -60,8 +64,14 @@ class VLJEPAConfig(Config):
                 f"gives {recipe.size}: use encoder.at_size({recipe.size})")
         predictor = self.predictor.replace(vision_dim=vision.d_model, n_visual=vision.n_tokens)
         short = None if recipe.resized == recipe.size else recipe.resized
-        return self.replace(vision=vision, predictor=predictor, mean=recipe.mean, std=recipe.std,
+        decoder = self.decoder.replace(look_places=vision.n_tokens if self.decoder.look_dim else 0)
+        return self.replace(vision=vision, predictor=predictor, decoder=decoder, mean=recipe.mean, std=recipe.std,
                             resize=recipe.resize, short=short, filter=recipe.filter)
+
+    def looking(self):
+        """The same with a Y-Decoder that looks at the picture."""
+        sizes = {"look_dim": self.predictor.d_model, "look_places": self.predictor.n_visual}
+        return self.replace(decoder=self.decoder.replace(**sizes))
 
     @classmethod
     def tiny(cls):

@@ -10,6 +10,7 @@ from training import optim
 from xuracore import ops
 from xuracore.errors import ConfigError, ShapeError
 from xuravljepa.decoder import Decoder, DecoderConfig
+from xuravljepa.predictor import Sight
 from xuravljepa.tokenizer import BOS, EOS, PAD, ByteTokenizer, pad_rows
 
 CONFIG = DecoderConfig(d_model=16, n_layers=2, d_state=8, headdim=8, prefix_length=3, max_length=12,
@@ -175,3 +176,61 @@ def test_what_cannot_be_generated_is_named():
     ):
         with pytest.raises(ConfigError, match=message):
             CONFIG.replace(**changes)
+
+
+# ---------------------------------------------------------------------- looking at the picture
+SEEING = CONFIG.replace(look_dim=5, look_places=10)
+
+
+def sights(count, seed=2):
+    rng = np.random.default_rng(seed)
+    return Sight(rng.standard_normal((count, 4, 5)).astype(np.float32), rng.integers(0, 10, (count, 4)))
+
+
+def looking(seed=0):
+    """A decoder whose looks add something."""
+    model, rng = Decoder(SEEING, rng=np.random.default_rng(seed)), np.random.default_rng(seed + 9)
+    for look in model.looks:
+        look.attention.out_proj.weight.data[:] = rng.standard_normal((16, 16))
+    return model
+
+
+@xc.no_grad()
+def test_at_first_and_without_a_picture_nothing_is_added():
+    model, ids = Decoder(SEEING, rng=np.random.default_rng(0)), tokens(["circle", "no"])
+    bare = model(embeddings(2), ids).data
+    np.testing.assert_array_equal(model(embeddings(2), ids, sights(2)).data, bare)
+    model = looking()
+    bare, seen = model(embeddings(2), ids).data, model(embeddings(2), ids, sights(2)).data
+    assert abs(seen - bare).max() > 1e-2
+    moved = Sight(sights(2).tokens, sights(2).places[:, ::-1])
+    assert abs(model(embeddings(2), ids, moved).data - seen).max() > 1e-3  # places count
+    assert np.isfinite(model(embeddings(2), ids, moved._replace(places=None)).data).all()
+
+
+@xc.no_grad()
+def test_every_way_to_write_looks_at_its_own_picture():
+    model, given, pictures = looking(), embeddings(3), sights(3)
+    said = model.write(given, sight=pictures)
+    for i, text in enumerate(said):
+        own = Sight(pictures.tokens[i : i + 1], pictures.places[i : i + 1])
+        assert model.generate(given[i], sight=own)[0] == text
+        allowed = ["circle", "square", "yes"]
+        scores = model.log_probability(given[i], allowed, own)
+        ids = model.tokens(allowed[:1])
+        expected = xc.ops.log_softmax(model(given[i : i + 1], ids[:, :-1], own), axis=-1).data[0]
+        assert scores[0] == pytest.approx(expected[np.arange(len(ids[0]) - 1), ids[0, 1:]].sum(), rel=1e-4)
+        assert model.generate(given[i], allowed=allowed, sight=own, beams=9)[0] == allowed[int(scores.argmax())]
+
+
+def test_the_place_of_a_token_is_learned_and_the_gradient_reaches_the_look():
+    model = looking()
+    model.loss(embeddings(2), tokens(["yes", "no"]), sight=sights(2)).backward()
+    assert all(np.abs(p.grad).max() > 0 for name, p in model.named_parameters() if name.startswith("look"))
+
+
+def test_sizes_of_a_look_are_checked():
+    with pytest.raises(ConfigError, match="look_dim is -1"):
+        CONFIG.replace(look_dim=-1)
+    with pytest.raises(ConfigError, match="not a multiple of 3 heads"):
+        DecoderConfig(d_model=16, expand=3, headdim=16, look_dim=4, look_places=4)
