@@ -12,7 +12,7 @@ from training.data.scenes import SHAPES
 from training.data.tools_data import MAX_COUNT
 from training.parallel import ALONE
 from training.phases.common import RowBatches, generator
-from training.phases.jepa import Example, collate
+from training.phases.jepa import Example, collate, said_by_tool
 from xuracore import no_grad, ops
 from xuravljepa.agent.injector import injection_loss
 
@@ -20,32 +20,43 @@ from xuravljepa.agent.injector import injection_loss
 class InjectionBatches:
     """Tool questions with what a tool says, and plain questions that need no tool.
 
-    {"query", "visual", "said" (texts, one per tool row), "answers", "tools" (names or None)}; tool rows come
-    first.  Half of what is said is drawn at random, so that nothing can be known but by listening.   ranks : those that
-    share each batch; this one gives its part of it.
+    {"query", "visual", "said" and "answers" (texts, one per tool row), "tools" (names or None)}; tool rows come
+    first.  Half of what is said is drawn at random, so that nothing can be known but by listening.   rumours : {tool:
+    what else it might have said}, among the known answers; by default what suits generated questions.   ranks : those
+    that share each batch; this one gives its part of it.
     """
 
-    def __init__(self, model, tool_rows, plain_rows, features, batch_size, seed=0, numbers=31, ranks=ALONE):
+    def __init__(self, model, tool_rows, plain_rows, features, batch_size, seed=0, numbers=31, ranks=ALONE,
+                 rumours=None):
         self._model, self._features, self._numbers, self._seed = model, features, numbers, seed
-        self._tools = RowBatches(tool_rows, batch_size, seed)
-        self._plain, self._ranks = RowBatches(plain_rows, max(batch_size // 2, 1), seed + 1), ranks
+        self._tools, self._rumours = RowBatches(tool_rows, batch_size, seed), rumours
+        plain_size = max(batch_size // 2, 1)
+        self._plain = RowBatches(plain_rows, plain_size, seed + 1) if plain_rows else None
+        self._ranks = ranks
 
     def batch(self, step):
         rng = generator(self._seed, 3, step)
-        tool_rows, plain_rows = self._tools.rows_of(step), self._plain.rows_of(step)
-        said = [self._rumour(row, rng) if rng.random() < 0.5 else str(row.tool["result"])
-                for row in tool_rows][self._ranks.part(len(tool_rows))]
+        tool_rows, plain_rows = self._tools.rows_of(step), self._plain.rows_of(step) if self._plain else []
+        texts = [self._rumour(row, rng) if rng.random() < 0.5 else (said_by_tool(row), row.answer)
+                 for row in tool_rows][self._ranks.part(len(tool_rows))]
         tool_rows, plain_rows = (rows[self._ranks.part(len(rows))] for rows in (tool_rows, plain_rows))
         rows = [*tool_rows, *plain_rows]
         batch = collate(self._model, [Example(row, row.answer, None) for row in rows], self._features)
-        return {"query": batch["query"], "visual": batch["visual"], "said": said, "answers": said,
+        said, answers = (list(each) for each in zip(*texts))
+        return {"query": batch["query"], "visual": batch["visual"], "said": said, "answers": answers,
                 "tools": [row.tool["name"] for row in tool_rows] + [None] * len(plain_rows)}
 
     def _rumour(self, row, rng):
-        """Another answer of the same kind: what nobody counts to would not be believed."""
+        """(what the tool might have said, the answer that follows): of the same kind, or nobody would believe it."""
+        if self._rumours is not None:
+            if said_by_tool(row) != row.answer.strip().lower():  # what follows from another result is not known
+                return said_by_tool(row), row.answer
+            answer = str(rng.choice(self._rumours[row.tool["name"]]))
+            return answer.strip().lower(), answer
         kinds = [kind for kind in (YES_NO, SHAPES) if row.answer in kind]
         numbers = MAX_COUNT + 1 if row.type == "earlier count" else self._numbers
-        return str(rng.choice(kinds[0]) if kinds else rng.integers(numbers))
+        answer = str(rng.choice(kinds[0]) if kinds else rng.integers(numbers))
+        return answer, answer
 
 
 def injection_objective(model, cards, weight_state=4.0, weight_answer=1.0, weight_tool=1.0):

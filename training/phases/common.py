@@ -148,6 +148,17 @@ class FeatureStore(PictureStore):
         return self.tokens[self.places(rows)].astype(np.float32)
 
 
+def some_tokens(tokens, pictures=2000, numbers=2**25):
+    """The tokens of the first pictures, which statistics are taken of: of so many, and of no more numbers than that."""
+    return tokens[: max(1, min(pictures, numbers // (tokens.shape[1] * tokens.shape[2])))]
+
+
+def rows_at_once(model, numbers=2**23):
+    """How many rows to read together where no gradient is wanted: 256, and fewer of large predictors."""
+    sizes = model.config.predictor
+    return max(8, min(256, numbers // (sizes.n_visual * sizes.d_model)))
+
+
 def _row_digest(row):
     try:
         return picture_digest(row_picture(row))

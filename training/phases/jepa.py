@@ -55,7 +55,7 @@ class QuestionBatches:
         plain, self._tools, self._captions, self._lesson = {}, {}, {}, lesson
         for row in rows:
             if row.query and row.answer is not None:
-                kind = plain if row.tool is None else self._tools
+                kind = plain if said_by_tool(row) is None else self._tools
             elif row.caption is not None:
                 kind = self._captions
             else:
@@ -76,14 +76,15 @@ class QuestionBatches:
         return example
 
     def _heard(self, row, rng):
-        if row.tool is None:
+        text = said_by_tool(row)
+        if text is None:
             return Example(row, target(row), None)
         if row.meta.get("known", False) and rng.random() >= self._told:
             return Example(row, row.answer, None)
         if row.answer.isdigit() and rng.random() < self._rumour:
             said = str(rng.integers(self._numbers))
             return Example(row, said, said)
-        return Example(row, row.answer, str(row.tool["result"]))
+        return Example(row, row.answer, text)
 
     def _rows(self, picture, rng, lesson):
         """``turns`` different questions about a picture, a tool question first where one is drawn."""
@@ -120,6 +121,12 @@ class QuestionBatches:
 def target(row):
     """What a row teaches to say: its answer or, where it has none, its caption."""
     return row.caption if row.answer is None else row.answer
+
+
+def said_by_tool(row):
+    """What a row's tool says, as the agent hands it on; None where there is no tool, or no result of it is known."""
+    result = row.tool.get("result") if row.tool else None
+    return None if result is None else str(result).strip().lower() or None
 
 
 def misspelt(query, rng, key=None):

@@ -4,7 +4,8 @@ To questions that nothing was trained on: ``calib`` scenes as they are and throu
 known, kept apart and freshly made up (before and after the tool's result is taken in), what was seen earlier, and
 pictures that are no
 scenes.  The loss is a binary cross-entropy and, within each of these groups, a ranking of wrong before right:
-a group that is hard as a whole must not teach that all of another group is easy.
+a group that is hard as a whole must not teach that all of another group is easy.  What takes the place of these
+groups where people bring their own questions is in ``training/phases/agent_own.py``.
 """
 
 from dataclasses import dataclass, replace
@@ -16,15 +17,16 @@ from training.data.scenes import CORRUPTIONS
 from training.data.strange import TAUGHT, changed, strange_image
 from training.data.tools_data import KNOWN_SHOPS, MAX_COUNT, shop_names
 from training.phases.common import generator, image_key, row_pixels
-from training.phases.jepa import Example, collate
+from training.phases.jepa import Example, collate, said_by_tool
 from xuracore import no_grad, ops
 from xuravljepa import image as images
 from xuravljepa.agent.confusion import NUMBERS, monitor_features, views
 from xuravljepa.agent.injector import Injection
+from xuravljepa.feature_cache import picture_digest
 
-SHARES = {"scenes": 6.0, **{name: 0.6 for name in CORRUPTIONS}, **{name: 0.4 for name in TAUGHT}, "tools": 2.4,
-          "memory": 0.8, "strange": 0.3}  # of a batch
-CLEAR = "scenes"  # wrong answers are so rare there that their ranking counts more
+SHARES = {"scenes": 6.0, "pictures": 6.0, **{name: 0.6 for name in CORRUPTIONS}, **{name: 0.4 for name in TAUGHT},
+          "tools": 2.4, "memory": 0.8, "strange": 0.3}  # of a batch
+CLEAR = ("scenes", "pictures")  # wrong answers are so rare there that their ranking counts more
 CLEAR_WEIGHT, DROPOUT, WEIGHT_DECAY = 5.0, 0.5, 0.3
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
@@ -33,9 +35,10 @@ class ViewStore:
     """Visual tokens of the pictures of rows and of their moved views, ``store(rows)`` → (B, views, n, d) float32.
 
     change : of the pixels (n, 3, S, S), as the model wants them, before anything looks at them.
+    cache : a FeatureCache that keeps the tokens.
     """
 
-    def __init__(self, model, shift, rows, batch_size=32, report=None, change=None):
+    def __init__(self, model, shift, rows, batch_size=32, report=None, change=None, cache=None):
         self._places, pictures = {}, []
         for row in rows:
             if self._places.setdefault(image_key(row), len(pictures)) == len(pictures):
@@ -45,7 +48,7 @@ class ViewStore:
         for start in range(0, len(pictures), batch_size):
             pixels = np.stack([row_pixels(model, row) for row in pictures[start : start + batch_size]])
             pixels = pixels if change is None else change(pixels)
-            self.tokens[start : start + len(pixels)] = view_tokens(model, pixels, shift)
+            self.tokens[start : start + len(pixels)] = view_tokens(model, pixels, shift, cache)
             if report is not None:
                 report(start + len(pixels), len(pictures))
 
@@ -53,10 +56,18 @@ class ViewStore:
         return self.tokens[[self._places[image_key(row)] for row in rows]].astype(np.float32)
 
 
-def view_tokens(model, pixels, shift):
-    """pixels (B, 3, S, S) → visual tokens (B, views, n, d)."""
+def view_tokens(model, pixels, shift, cache=None):
+    """pixels (B, 3, S, S) → visual tokens (B, views, n, d), those of a FeatureCache where they are there."""
     seen = views(pixels, shift)
-    tokens = model.visual_tokens(seen.reshape(-1, *pixels.shape[1:]))
+    flat = seen.reshape(-1, *pixels.shape[1:])
+    if cache is None:
+        tokens = model.visual_tokens(flat)
+    else:
+        digests = [picture_digest(one) for one in flat]
+        first = {digest: i for i, digest in reversed(list(enumerate(digests)))}
+        if missing := cache.missing(digests):
+            cache.add(missing, model.visual_tokens(flat[[first[digest] for digest in missing]]))
+        tokens = cache.tokens(digests)[:]
     return tokens.reshape(*seen.shape[:2], *tokens.shape[1:])
 
 
@@ -113,10 +124,10 @@ def gather_readings(model, heads, rows, features=None, batch_size=64, inject=Tru
         visual = visual[:, None] if visual.ndim == 3 else visual
         *first, seen = judge.first(query, visual)
         _note(found, model, *first, chosen, np.arange(start, start + len(chosen)), 0)
-        told = np.array([i for i, row in enumerate(chosen) if row.tool and inject], np.int64)
+        told = np.array([i for i, row in enumerate(chosen) if inject and said_by_tool(row) is not None], np.int64)
         if len(told):
             before = [Injection([_take(state, told) for state in one.states]) for one in seen]
-            again = judge.again(query[told], visual[told], before, [str(chosen[i].tool["result"]) for i in told])
+            again = judge.again(query[told], visual[told], before, [said_by_tool(chosen[i]) for i in told])
             _note(found, model, *again, [chosen[i] for i in told], told + start, 1)
         if report is not None:
             report(start + len(chosen), len(rows))
@@ -135,7 +146,8 @@ def _note(found, model, features, cosines, rows, index, depth):
     p /= p.sum(axis=1, keepdims=True)
     ranked = np.sort(p, axis=1)
     entropy = -(p * np.log(p + 1e-300)).sum(axis=1) / max(np.log(p.shape[1]), 1e-12)
-    values = {"features": features, "wrong": answers[said] != np.array([row.answer for row in rows]), "said": said,
+    wrong = np.array([text not in (row.answer, *row.answers) for text, row in zip(answers[said], rows)])
+    values = {"features": features, "wrong": wrong, "said": said,
               "depth": np.full(len(rows), depth), "row": index, "top": ranked[:, -1],
               "margin": ranked[:, -1] - (ranked[:, -2] if p.shape[1] > 1 else 0), "entropy": entropy.clip(0, 1)}
     for name, value in values.items():
@@ -212,9 +224,9 @@ class Readings:
     picture: np.ndarray
 
     @classmethod
-    def of(cls, found, rows, group):
-        """Of what ``gather_readings`` found."""
-        pictures = np.array([row.image.index for row in rows])[found["row"]]
+    def of(cls, found, rows, group, number=lambda row: row.image.index):
+        """Of what ``gather_readings`` found.   number : of the picture of a row."""
+        pictures = np.array([number(row) for row in rows])[found["row"]]
         return cls(found["features"], found["wrong"], np.full(len(pictures), group, object), pictures)
 
     @classmethod
@@ -238,7 +250,7 @@ class ReadingBatches:
         names, self._group = np.unique(readings.group.astype(str), return_inverse=True)
         self._members = [np.flatnonzero(self._group == i) for i in range(len(names))]
         share = np.array([SHARES.get(name, 1.0) for name in names])
-        self._share, self._clear = share / share.sum(), names == CLEAR
+        self._share, self._clear = share / share.sum(), np.isin(names, CLEAR)
 
     def batch(self, step):
         rng = generator(self._seed, 5, step)

@@ -15,7 +15,7 @@ from training.data import arguments
 from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
 from training.phases import end_to_end, jepa, objective
-from training.phases.common import FeatureStore
+from training.phases.common import FeatureStore, rows_at_once, some_tokens
 from xuracore import no_grad
 from xuracore.errors import ConfigError, FormatError
 from xuravljepa.model import CAPTION_QUERY, SHIPPED, VLJEPA
@@ -38,8 +38,11 @@ NUMBERS = tuple(str(n) for n in range(31))
 LARGEST_CLOSED_SET = 20_000
 
 
-def own_data(args):
-    """(training rows, validation rows, a BadRows) of --data-dir."""
+def own_data(args, for_monitor=False):
+    """(training rows, validation rows, a BadRows) of --data-dir.
+
+    for_monitor : rows of the split ``calib``, if there are any, in place of the validation rows.
+    """
     data = arguments.open_from(args, args.output_dir if args._ranks.leads else None,
                                say=lambda text: options.say(args, text))
     rows = [row for row in data.rows if row.image is not None and (row.query and row.answer or row.caption)]
@@ -52,6 +55,8 @@ def own_data(args):
         chosen = set(pictures[::10])
         held = [row for row in kept if str(row.image) in chosen]
         kept = [row for row in kept if str(row.image) not in chosen]
+    if for_monitor:
+        held = [row for row in rows if row.split == "calib"] or held
     if not any(row.query for row in kept):  # captions alone: to tell which belongs to a picture is the measure
         held = [replace(row, query=CAPTION_QUERY, answer=row.caption, answers=(row.caption,)) for row in held]
     return kept, [row for row in held if row.query and row.answer], data.bad
@@ -135,16 +140,18 @@ def objective_config(args, answers, steps):
                                      args.prior_correct, args.ema_tau, steps)
 
 
-def accuracy_by_type(model, rows, features, batch_size=256):
-    """{type: accuracy} of the nearest known answer, with "all" over everything."""
+def accuracy_by_type(model, rows, features, batch_size=None):
+    """{type: accuracy} of the nearest known answer, with "all" over everything; told what a tool says."""
     model.forget_bank()
     answers = np.array(model.config.answers)
-    hits = {}
+    hits, batch_size = {}, batch_size or rows_at_once(model)
     with no_grad():
         for start in range(0, len(rows), batch_size):
             chosen = rows[start : start + batch_size]
-            batch = jepa.collate(model, [jepa.Example(row, row.answer, None) for row in chosen], features)
-            embedding = model.predictor(batch["query"], batch["visual"]).embedding
+            told = [None if row.meta.get("known") else jepa.said_by_tool(row) for row in chosen]
+            examples = [jepa.Example(row, row.answer, text) for row, text in zip(chosen, told)]
+            batch = jepa.collate(model, examples, features)
+            embedding = model.predictor(batch["query"], batch["visual"], batch["tool"]).embedding
             said = answers[model.similarities(embedding).argmax(axis=1)]
             for row, text in zip(chosen, said):
                 for name in (row.type or "untyped", "all"):
@@ -233,6 +240,7 @@ def main(argv=None):
         config = config.with_encoder(encoder)
     model = VLJEPA(config.replace(answers=answers), rng=rng)
     model.x_encoder.load_state_dict(encoder.state_dict())
+    del encoder  # of the largest preset a gigabyte
     if args.y_encoder:
         model.y_encoder.load_state_dict(VLJEPA.from_pretrained(args.y_encoder).y_encoder.state_dict())
     start = args.temperature or (math.exp(-objective.SIGMOID_START[0]) if args.loss == "sigmoid" else 0.07)
@@ -253,7 +261,7 @@ def main(argv=None):
                                        report=options.counter(args, "pictures encoded"), ranks=args._ranks)
         answer_loss = jepa.answer_loss(args.angn_reg_weight)
         if not args.model:
-            model.predictor.fit_vision(pictures.tokens[:2000])
+            model.predictor.fit_vision(some_tokens(pictures.tokens))
     if bad is not None:
         train_rows, held_rows = pictures.usable(train_rows), pictures.usable(held_rows)
         arguments.report_bad(bad, args.output_dir if args._ranks.leads else None, args.quiet)
