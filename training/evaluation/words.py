@@ -1,4 +1,4 @@
-"""What the Y-Decoder writes: answers, captions, and other texts where it was taught any.
+"""What the Y-Decoder writes: answers, captions, and other texts where it was taught any; it may look at the picture.
 
 A model does not record whether its decoder saw captions, so that is judged by what it writes: texts that fit
 their own picture no better than another one's are no captions.
@@ -8,6 +8,7 @@ import numpy as np
 
 from training import caption_metrics
 from training.evaluation.answering import ask_each, other_pictures, picture_numbers, plain, read, score
+from training.phases import decoder
 from training.phases.common import image_key
 from xuravljepa.model import CAPTION_QUERY
 
@@ -31,7 +32,7 @@ def measure(model, answers, material, features, intervals, query=CAPTION_QUERY, 
     writer, result = _Writer(model, report, total), {}
     if len(chosen):
         rows, pictures = [answers.rows[i] for i in chosen], answers.pictures[chosen]
-        said = writer.write(answers.embedding[chosen])
+        said = writer.write(rows, answers.embedding[chosen], features)
         exact = np.array([score(text, row) for text, row in zip(said, rows)])
         nearest = [plain(a) == plain(b) for a, b in zip(said, answers.said[chosen])]
         result["answers"] = {"exact": intervals.cell("words/exact", exact, pictures),
@@ -41,7 +42,7 @@ def measure(model, answers, material, features, intervals, query=CAPTION_QUERY, 
         references.setdefault((_kind(row), image_key(row)), []).append(row.caption)
     texts = {}
     for kind, rows in kinds.items():
-        written = writer.write(read(model, rows, features).embedding)
+        written = writer.write(rows, read(model, rows, features).embedding, features)
         texts[kind] = _compare(kind, rows, written, references, intervals, material.generated)
     result["texts"] = texts or {"skipped": "needs two pictures with captions"}
     return result
@@ -67,10 +68,11 @@ class _Writer:
     def __init__(self, model, report, total):
         self.model, self.report, self.total, self.done = model, report, total, 0
 
-    def write(self, embeddings):
+    def write(self, rows, embeddings, features):
         texts = []
-        for start in range(0, len(embeddings), 64):
-            texts += self.model.y_decoder.write(embeddings[start : start + 64])
+        for start in range(0, len(rows), 64):
+            part = slice(start, start + 64)
+            texts += decoder.write(self.model, rows[part], embeddings[part], features)
             if self.report is not None:
                 self.report(self.done + len(texts), self.total)
         self.done += len(texts)

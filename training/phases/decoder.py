@@ -5,7 +5,8 @@ It is fed what it will meet: a mixture of the target's embedding and the predict
     s̃ = norm(λ s_Y + (1 - λ) ŝ_Y + σ ε),    λ ~ U(0, 1),
 
 because at inference it sees predictions, not targets.  Answers are words of a closed set; captions are texts
-that it has to compose.
+that it has to compose.  A decoder that looks sees the pictures of the captions, and those of the answers in every
+other batch: a stream's embedding comes without one.
 """
 
 import numpy as np
@@ -37,15 +38,22 @@ def _encoded(model, texts, batch_size=256):
     return np.concatenate([model.encode_answers(texts[i : i + batch_size]).data for i in starts])
 
 
+@no_grad()
+def sight(model, rows, features):
+    """The Sight of the pictures of rows; None where the decoder cannot look."""
+    return model.predictor.sight(features(rows)) if model.config.decoder.look_dim else None
+
+
 class AnswerBatches:
-    """{"answers", "captions"}, each {"embedding" (B, E), "tokens" (B, L) from BOS to EOS} or None.
+    """{"answers", "captions"}, each {"embedding" (B, E), "tokens" (B, L) from BOS to EOS, "sight"} or None.
 
     A pure function of (seed, step).  Where there are both, captions are half a batch.  Rows whose predicted answer
     is wrong teach nothing about wording and are left out.   ranks : those that share each batch; this one gives its
-    part of it, and "weight", by which its mean over tokens counts in the mean over the ranks.
+    part of it, and "weight", by which its mean over tokens counts in the mean over the ranks.   features : a
+    FeatureStore over the rows, for a decoder that looks.
     """
 
-    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05, ranks=ALONE):
+    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05, ranks=ALONE, features=None):
         texts = sorted({target(row) for row in rows})
         self._place = {text: i for i, text in enumerate(texts)}
         self._targets = _encoded(model, texts)
@@ -55,7 +63,7 @@ class AnswerBatches:
         right = [i for i in answers
                  if known[(self._targets[known] @ predicted[i]).argmax()] == self._place[rows[i].answer]]
         self._predicted, self._rows, self._noise, self._seed = predicted, rows, noise, seed
-        self._tokens, self._ranks = model.y_decoder.tokens, ranks
+        self._tokens, self._ranks, self._model, self._features = model.y_decoder.tokens, ranks, model, features
         written = batch_size // 2 if right else batch_size
         self._captions = RowBatches(captions, written, seed + 1) if captions else None
         answered = batch_size - written if captions else batch_size
@@ -68,10 +76,10 @@ class AnswerBatches:
 
     def batch(self, step):
         rng = generator(self._seed, 2, step)
-        return {name: part and self._mixed(part.rows_of(step), rng)
+        return {name: part and self._mixed(part.rows_of(step), rng, name == "captions" or step % 2)
                 for name, part in (("answers", self._answers), ("captions", self._captions))}
 
-    def _mixed(self, chosen, rng):
+    def _mixed(self, chosen, rng, looking):
         texts = [target(self._rows[i]) for i in chosen]
         predicted = self._predicted[chosen]
         meant = self._targets[[self._place[text] for text in texts]]
@@ -82,7 +90,10 @@ class AnswerBatches:
         own, tokens = self._ranks.part(len(chosen)), self._tokens(texts)
         foretold = np.count_nonzero(tokens[:, 1:] != PAD, axis=1)
         weight = self._ranks.size * foretold[own].sum() / foretold.sum()
-        return {"embedding": mixed[own].astype(np.float32), "tokens": tokens[own], "weight": float(weight)}
+        rows = [self._rows[i] for i in np.asarray(chosen)[own]]
+        seen = sight(self._model, rows, self._features) if looking and self._features is not None else None
+        return {"embedding": mixed[own].astype(np.float32), "tokens": tokens[own], "weight": float(weight),
+                "sight": seen}
 
 
 def loss_function(model, batch, rng=None, label_smoothing=0.0):
@@ -90,10 +101,21 @@ def loss_function(model, batch, rng=None, label_smoothing=0.0):
     total, metrics = 0.0, {}
     for name, part in batch.items():
         if part is not None:
-            loss = model.y_decoder.loss(part["embedding"], part["tokens"], label_smoothing) * part["weight"]
+            loss = model.y_decoder.loss(part["embedding"], part["tokens"], label_smoothing, part["sight"])
+            loss = loss * part["weight"]
             metrics["perplexity" if name == "answers" else "caption_perplexity"] = float(np.exp(min(loss.item(), 20.0)))
             total = loss + total
     return total, metrics
+
+
+def write(model, rows, predicted, features=None, batch_size=64):
+    """What the decoder writes to rows: texts, from embeddings (n, E) and, with ``features``, their pictures."""
+    said = []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        seen = None if features is None else sight(model, rows[part], features)
+        said += model.y_decoder.write(predicted[part], sight=seen)
+    return said
 
 
 def exact_match(model, rows, predicted, constrained=False):
@@ -102,17 +124,19 @@ def exact_match(model, rows, predicted, constrained=False):
         allowed = list(model.config.answers)
         said = [model.y_decoder.generate(p, allowed=allowed)[0] for p in predicted]
     else:
-        said = model.y_decoder.write(predicted)
+        said = write(model, rows, predicted)
     return float(np.mean([text == row.answer for text, row in zip(said, rows)]))
 
 
-def caption_report(model, rows, predicted):
+def caption_report(model, rows, predicted, features=None):
     """How well the captions of rows are written: {type: {"exact", …}} with "bleu4" and "cider" for sentences.
+
+    features : a FeatureStore over the rows, for a decoder that looks; None: from the embeddings alone.
 
     For types that name objects also "objects_exact", "precision" and "recall" (training/caption_metrics.py), and
     "cycle": the mean cosine of what was written, read again by the Y-Encoder, with the prediction.
     """
-    said, report = model.y_decoder.write(predicted), {}
+    said, report = write(model, rows, predicted, features), {}
     limit = model.config.text.max_length - 1
     readable = [text.encode()[:limit].decode(errors="ignore") for text in said]
     cycle = (_encoded(model, readable) * predicted).sum(axis=1)

@@ -6,6 +6,8 @@ from pathlib import Path
 if not __package__:  # run by path: import the packages that this script lies beside
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
+import numpy as np
+
 from training import options, parallel
 from training.data import arguments
 from training.data.captions import TEMPLATES
@@ -17,12 +19,15 @@ from xuravljepa.model import SHIPPED, VLJEPA
 
 EPILOG = """\
 The decoder sees a mixture of the targets' and the predictor's embeddings of right answers, because at
-inference it sees predictions.
+inference it sees predictions; and it learns to look at the picture, because an embedding does not hold the order of
+what a caption names.
 
 examples:
   python training/scripts/train_decoder.py --tiny --steps 50
   python training/scripts/train_decoder.py --model runs/jepa/model --scenes 600 --steps 1000
 """
+WHOLE = ("caption", "caption_down")
+LOOK_RATE = 3.0  # times the others': to tell which of two is further left, an attention has to become very sharp
 
 
 @parallel.together
@@ -34,14 +39,22 @@ def main(argv=None):
                         "shipped model)")
     parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="as in phase 1; wide (default) "
                         "holds captions, which the decoder then learns to write")
+    parser.add_argument("--caption-scenes", type=options.positive, default=0, metavar="N",
+                        help="whole captions of so many generated scenes more (default 0, with --wordings wide)")
+    parser.add_argument("--blind", action="store_true", help="a decoder that does not look at the picture stays so: "
+                        "it is smaller, and writes from the embedding alone")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
     arguments.add_data_options(parser)
     args = parser.parse_args(argv)
     options.prepare(args)
     source = args.model or ("tiny" if args.tiny and (SHIPPED / "tiny").exists() else "runs/jepa/model")
     model = VLJEPA.from_pretrained(source)
+    if not args.blind:
+        model = model.looking(np.random.default_rng(args.seed + 2))
     args.scenes = args.scenes or (40 if args.tiny else 600)
     train_rows, held_rows, bad = data_sets(args)
+    if bad is None and args.wordings == "wide":
+        train_rows += Dataset.captions("train", args.caption_scenes, args.data_seed, args.scenes, WHOLE, "wide").rows
     if options.dry_run(args, phase=2, model=str(source), questions=len(train_rows), held_out=len(held_rows)):
         return 0
     if bad is not None:
@@ -55,7 +68,7 @@ def main(argv=None):
     predict = parallel.shared(lambda rows: decoder.predict(model, rows, features, tool=True), args._ranks)
     predicted = predict(train_rows)
     batches = decoder.AnswerBatches(model, train_rows, predicted, options.whole_batch(args), args.seed,
-                                    ranks=args._ranks)
+                                    ranks=args._ranks, features=features)
     model.requires_grad_(False)
     model.y_decoder.requires_grad_()
     options.say(args, f"phase 2: {model.parameter_count(trainable_only=True):,} trained parameters")
@@ -65,20 +78,22 @@ def main(argv=None):
     if not args.data_dir and args.wordings == "wide":
         texts = Dataset.captions("val", min(args.scenes, 60), args.data_seed, types=tuple(TEMPLATES),
                                  templates="wide").rows
-        texts_predicted = decoder.predict(model, texts, FeatureStore(model, texts))
+        texts_features = FeatureStore(model, texts)
+        texts_predicted = decoder.predict(model, texts, texts_features)
 
     def evaluate(model, step):
         free = decoder.exact_match(model, held, held_predicted)
         constrained = decoder.exact_match(model, held, held_predicted, constrained=True)
         hits = model.similarities(held_predicted).argmax(axis=1)
         nearest = [model.config.answers[i] == row.answer for i, row in zip(hits, held)]
-        captions = decoder.caption_report(model, texts, texts_predicted) if texts else {}
+        captions = decoder.caption_report(model, texts, texts_predicted, texts_features) if texts else {}
         return {"exact_match": free, "constrained": constrained, "nearest_answer": sum(nearest) / len(nearest),
                 **{f"{kind}_{name}": value for kind, found in captions.items() for name, value in found.items()}}
 
+    looks = ("looks", "look_proj", "look_position") if model.config.decoder.look_dim else ()
     result, trainer = options.train(
         model, lambda m, b, rng: decoder.loss_function(m, b, rng, args.label_smoothing), batches, args,
-        evaluate=evaluate,
+        lr_scales={f"y_decoder.{name}": LOOK_RATE for name in looks}, evaluate=evaluate,
         describe={"phase": 2, "model": model.config.to_dict(), "rows": len(train_rows),
                   "batch_size": options.whole_batch(args),
                   "data_seed": args.data_seed},

@@ -33,6 +33,7 @@ from xuravljepa.agent.recursion import Reading, RecursionConfig, RecursionLayer
 from xuravljepa.agent.scene_tools import register_scene_tools
 from xuravljepa.agent.tools import ToolRegistry, ToolResult, Usefulness
 from xuravljepa.agent.trace import Replay, Run
+from xuravljepa.agent.words import Writer, asks_for_text
 from xuravljepa.model import CAPTION_QUERY, PRESETS, SHIPPED, VLJEPA
 
 STATE_VERSION = 3
@@ -136,6 +137,7 @@ class Agent:
     def ask(self, image, question, expected=None, runner=None, clock=None):
         """Answer a question about a picture, with tools where the agent doubts itself.
 
+        A request for a description or a list is answered in the Y-Decoder's words, without tools.
         image : path, array or PIL image, or a list of them, a video, where the X-Encoder reads these; None for
         what the last question was about.   expected : the right answer, if it is known, for the trace.
         runner, clock : of a Replay.
@@ -147,10 +149,11 @@ class Agent:
     def _ask(self, image, question, expected, runner, options):
         query = self.model.query_tokens([question])  # before the picture: a wrong question changes nothing
         visual = self._see(image)
-        monitor = _Monitor(self.heads, self.trained, foreign_words(question, self.heads.config.words),
-                           speaks_of_earlier(question))
-        injector = _Injector(self.model, self.heads)
-        carried = self._carried(image)
+        foreign, earlier = foreign_words(question, self.heads.config.words), speaks_of_earlier(question)
+        monitor = _Monitor(self.heads, self.trained, foreign, earlier)
+        injector, tools = _Injector(self.model, self.heads), self.tools
+        written = asks_for_text(question) and not earlier
+        carried = None if written else self._carried(image)
         reader = _Reader(self.model, self.heads, query, visual, carried,
                          lambda reading: monitor.p_wrong(reading, 0) >= self.recursion.confident_below)
         if not self._warm:
@@ -159,7 +162,10 @@ class Agent:
             monitor.p_wrong(reading, 0)
             injector.inject(reading, ToolResult("", True, text="0"))
             self._warm = True
-        layer = RecursionLayer(reader, monitor, _Selector(self), injector, self.tools, runner, self.recursion,
+        if written:
+            reader = monitor = Writer(self.model, self.heads.monitor if self.trained else None, query, visual, foreign)
+            tools = ToolRegistry()
+        layer = RecursionLayer(reader, monitor, _Selector(self), injector, tools, runner, self.recursion,
                                answers=frozenset(self.model.answer_bank()[0]), **options)
         run = Run(
             run_id=uuid.uuid4().hex[:12], question=question, model=self.name, config=self._config_digest(carried),
