@@ -3,11 +3,13 @@
 import argparse
 import json
 import sys
+import time
 from pathlib import Path
 
 from training import optim, parallel, schedules
 from training.config_file import ConfigParser, resolved, write_resolved
 from training.loop import Trainer, TrainerConfig
+from training.progress import duration
 from xuracore import io
 from xuracore.errors import ConfigError
 
@@ -125,17 +127,28 @@ def dry_run(args, **facts):
     return args.dry_run
 
 
-def counter(args, what):
-    """A report(done, total, …) that keeps one line up to date."""
+def counter(args, what, every=30.0):
+    """A report(done, total, …) that keeps one line up to date; where that is no terminal, one ``every`` so many seconds.
+
+    It says how long the rest will take, once that is known to be more than some seconds.
+    """
     if args.quiet:
         return None
-    tty = sys.stderr.isatty()
+    tty, started, spoken = sys.stderr.isatty(), time.monotonic(), 0.0
 
     def report(done, total, *_):
+        nonlocal spoken
+        passed = time.monotonic() - started
+        left = passed / max(done, 1) * (total - done)
+        estimate = f", {duration(left)} left" if left > 5 else ""
         if tty:
-            print(f"\r{what} {done}/{total}", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+            text = f"\r{what} {done}/{total}{estimate}".ljust(len(what) + 30)
+            print(text, end="\n" if done >= total else "", file=sys.stderr, flush=True)
         elif done >= total:
             print(f"{what} {total}", file=sys.stderr, flush=True)
+        elif passed - spoken > every:
+            spoken = passed
+            print(f"{what} {done}/{total}{estimate}", file=sys.stderr, flush=True)
 
     return report
 

@@ -45,7 +45,7 @@ class ProgressLine:
     def __init__(self, total, stream=None, seconds=10.0, label="step"):
         self.total, self.stream, self.seconds, self.label = total, stream, seconds, label
         self._terminal = stream is not None and stream.isatty()
-        self._first, self._started, self._last, self._width = None, None, -math.inf, 0
+        self._first, self._started, self._last, self._width = None, time.monotonic(), -math.inf, 0
 
     def show(self, step, values):
         """Report that ``step`` steps are done; ``values`` is a dict of numbers to show."""
@@ -53,7 +53,7 @@ class ProgressLine:
             return
         now = time.monotonic()
         if self._first is None:
-            self._first, self._started = step - 1, now
+            self._first = step - 1
         if step < self.total and now - self._last < (0.1 if self._terminal else self.seconds):
             return
         self._last = now

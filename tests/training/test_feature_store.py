@@ -1,15 +1,18 @@
 """A frozen encoder runs once: what a run has encoded, the next one finds on disk."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from training import options
+from training.data import arguments
 from training.data.dataset import Dataset
 from training.data.scenes import render
 from training.phases import jepa
-from training.phases.common import FeatureStore
+from training.phases.common import FeatureStore, rows_at_once, some_tokens
 from training.scripts import train_jepa
 from xuracore import io
 from xuracore.errors import ConfigError
@@ -123,3 +126,33 @@ def test_training_on_a_foreign_encoder_twice_encodes_once(tmp_path, capsys, monk
     loaded = VLJEPA.from_pretrained(tmp_path / "a" / "model")
     assert loaded.pixels(render(ROWS[0].image)).shape == (1, 3, 16, 16)
     assert loaded.config.mean == IMAGENET_MEAN and loaded.config.short == 18
+
+
+def test_a_large_encoders_tokens_are_kept_for_all_phases(tmp_path, monkeypatch, capsys, threads_of_its_own):
+    monkeypatch.setattr(arguments, "LARGE", 0)
+    run = ["--scenes", "3", "--steps", "1", "--batch-size", "2", "--turns", "1", "--threads", "1"]
+    assert train_jepa.main([*run, "--output-dir", str(tmp_path / "a")]) == 0
+    assert f"tokens are kept in {tmp_path / 'features'}" in capsys.readouterr().err
+    encode, computed = VLJEPA.visual_tokens, []
+    monkeypatch.setattr(VLJEPA, "visual_tokens", lambda *args: computed.append(args) or encode(*args))
+    assert train_jepa.main([*run, "--output-dir", str(tmp_path / "b"), "--quiet"]) == 0
+    assert not computed
+    assert train_jepa.main([*run, "--output-dir", str(tmp_path / "c"), "--quiet", "--feature-cache", "none"]) == 0
+    assert computed and {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "features"}
+
+
+def test_statistics_and_readings_take_what_memory_holds():
+    assert len(some_tokens(np.zeros((3000, 65, 96), np.float16))) == 2000
+    assert len(some_tokens(np.broadcast_to(np.float16(0), (3000, 197, 1024)))) == 166
+    tiny, base = (SimpleNamespace(config=VLJEPAConfig.preset(name)) for name in ("tiny", "base"))
+    assert rows_at_once(tiny) == 256 and rows_at_once(base) == 41
+
+
+def test_slow_work_says_how_long_it_takes(capsys, monkeypatch):
+    clock = iter([0.0, 20.0, 40.0, 41.0, 80.0])
+    monkeypatch.setattr(options, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    report = options.counter(SimpleNamespace(quiet=False), "pictures encoded")
+    for done in (10, 20, 21, 40):
+        report(done, 40)
+    assert capsys.readouterr().err.splitlines() == ["pictures encoded 20/40, 40s left", "pictures encoded 40"]
+    assert options.counter(SimpleNamespace(quiet=True), "x") is None

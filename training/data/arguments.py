@@ -10,6 +10,7 @@ from xuracore.errors import DTypeError, ShapeError
 from xuravljepa.model import CAPTION_QUERY
 
 SHOWN = 10
+LARGE = 4_000_000  # parameters of an X-Encoder that takes longer to encode a picture than to read its tokens
 BAD_SAMPLES = "bad_samples.jsonl"
 
 
@@ -25,6 +26,26 @@ def add_data_options(parser):
     group.add_argument("--csv-separator", metavar="CHARACTER", help="of columns (default: what the first line has)")
     group.add_argument("--max-bad-fraction", type=float, default=0.0, metavar="SHARE",
                        help="of rows that may be bad: they are reported and left out (default 0: none)")
+
+
+def add_cache_option(parser):
+    """Add ``--feature-cache`` to a parser, or to a group of one."""
+    parser.add_argument("--feature-cache", metavar="DIR", help="keep the frozen X-Encoder's tokens here (float16, found "
+                        "by the pictures' bytes), so that no run encodes a picture again; 'none' keeps nothing (default: "
+                        "none, but 'features' beside --output-dir where the X-Encoder is large)")
+
+
+def cache_folder(args, encoder):
+    """The folder of ``--feature-cache``, or None: by default one that all phases share, for a large X-Encoder."""
+    if args.feature_cache is not None:
+        return None if args.feature_cache == "none" else args.feature_cache
+    if encoder.parameter_count() < LARGE or args._ranks.size > 1:  # several ranks share the encoding instead
+        return None
+    folder = Path(args.output_dir).parent / "features"
+    if not args.quiet:
+        print(f"the X-Encoder's tokens are kept in {folder}, {2 * encoder.config.n_tokens * encoder.config.d_model:,} "
+              "bytes a picture (--feature-cache none: they are not)", file=sys.stderr, flush=True)
+    return folder
 
 
 def open_from(args, folder=None, split=None, say=None):

@@ -97,7 +97,7 @@ def monitor_readings(model, heads, args, asked, number, strange):
     pictures of something else are added.
     """
     found, parts, shift = {}, [], heads.monitor.config.shift
-    cache = args.feature_cache and FeatureCache(args.feature_cache, model.x_encoder, model.config.preprocessing)
+    cache = args._cache and FeatureCache(args._cache, model.x_encoder, model.config.preprocessing)
     for group, (rows, change) in asked.items():
         store = judging.ViewStore(model, shift, rows, change=change, cache=cache,
                                   report=options.counter(args, f"pictures encoded ({group})") if cache else None)
@@ -175,7 +175,7 @@ def own_rows(args, model, source):
     taught, held = arguments.leave_out_long(model, bad, taught, held)
     known = taught if own.tool_names(taught) else taught[:: max(1, len(taught) // 2000)]
     features = FeatureStore(model, [*known, *held], report=options.counter(args, "pictures encoded"), bad=bad,
-                            cache=args.feature_cache, ranks=args._ranks)
+                            cache=args._cache, ranks=args._ranks)
     arguments.report_bad(bad, args.output_dir if args._ranks.leads else None, args.quiet)
     return features.usable(taught), features.usable(held), features
 
@@ -195,14 +195,16 @@ def main(argv=None):
                         help="pictures that stage 2 asks about, a tenth as many of each corruption (default 3000)")
     parser.add_argument("--stage", choices=("all", "injection"), default="all",
                         help="'injection' stops after stage 1, to compare the modes")
-    parser.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here, as in phase 1")
+    arguments.add_cache_option(parser)
     arguments.add_data_options(parser)
     args = parser.parse_args(argv)
     options.prepare(args)
     source = args.model or ("tiny" if args.tiny and (SHIPPED / "tiny").exists() else "runs/decoder/model")
     model = VLJEPA.from_pretrained(source)
     model.requires_grad_(False)
-    output, report = Path(args.output_dir), {}
+    output, report, args._cache = Path(args.output_dir), {}, None
+    if not args.dry_run:
+        args._cache = arguments.cache_folder(args, model.x_encoder)
     if args.data_dir:
         taught, held, features = own_rows(args, model, source)
         cards = own.tool_names(taught)
@@ -234,7 +236,7 @@ def main(argv=None):
                     f"{args.data_seed})")
         parts = generated_rows(args, scenes)
         own.check_known(model, source, parts[0], own=False)
-        features = FeatureStore(model, [row for part in parts for row in part], cache=args.feature_cache,
+        features = FeatureStore(model, [row for part in parts for row in part], cache=args._cache,
                                 report=options.counter(args, "pictures encoded"))
     heads.monitor.familiarity.fit(some_tokens(features.tokens).astype(np.float32))
     tool_rows, plain_rows, held_rows, held_plain = parts

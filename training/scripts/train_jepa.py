@@ -178,8 +178,7 @@ def encoder_options(parser):
     """What the X-Encoder is, and whether it learns."""
     group = parser.add_argument_group("X-Encoder")
     group.add_argument("--vit", "--vit-checkpoint", metavar="DIR", help="folder of the X-Encoder's weights")
-    group.add_argument("--feature-cache", metavar="DIR", help="keep the X-Encoder's tokens here (float16, found by "
-                       "the pictures' bytes), so that no run encodes a picture again")
+    arguments.add_cache_option(group)
     group.add_argument("--train-encoder", action="store_true", help="it learns too, for small pictures of your own")
     group.add_argument("--image-size", type=options.positive, metavar="PIXELS",
                        help="side of the pictures for a new one")
@@ -193,7 +192,7 @@ def check_encoder_options(args):
     for name in ("image_size", "patch_size", "augment"):
         if getattr(args, name) and not args.train_encoder:
             raise ConfigError(f"--{name.replace('_', '-')} is for an X-Encoder that learns: add --train-encoder")
-    if args.train_encoder and args.feature_cache:
+    if args.train_encoder and args.feature_cache not in (None, "none"):
         raise ConfigError("--feature-cache keeps what a frozen X-Encoder sees; with --train-encoder it changes")
     if args.vit and (args.image_size or args.patch_size):
         raise ConfigError("--vit brings its own sizes; --image-size and --patch-size are for a new X-Encoder")
@@ -257,7 +256,8 @@ def main(argv=None):
         pictures = end_to_end.PixelStore(model, [*train_rows, *held_rows], bad)
         seen, answer_loss = pictures.tokens_of(model), end_to_end.answer_loss(args.angn_reg_weight)
     else:
-        pictures = seen = FeatureStore(model, [*train_rows, *held_rows], cache=args.feature_cache, bad=bad,
+        pictures = seen = FeatureStore(model, [*train_rows, *held_rows], bad=bad,
+                                       cache=arguments.cache_folder(args, model.x_encoder),
                                        report=options.counter(args, "pictures encoded"), ranks=args._ranks)
         answer_loss = jepa.answer_loss(args.angn_reg_weight)
         if not args.model:
