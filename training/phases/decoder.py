@@ -13,20 +13,20 @@ import numpy as np
 
 from training import caption_metrics
 from training.parallel import ALONE
-from training.phases.common import RowBatches, generator
-from training.phases.jepa import Example, collate, target
+from training.phases.common import RowBatches, generator, rows_at_once
+from training.phases.jepa import Example, collate, said_by_tool, target
 from xuracore import no_grad
 from xuracore.config import require
 from xuravljepa.tokenizer import PAD
 
 
 @no_grad()
-def predict(model, rows, features, batch_size=256, tool=False):
+def predict(model, rows, features, batch_size=None, tool=False):
     """Predicted embeddings (n, E) float32 of rows; with ``tool``, after reading the tool's text."""
-    parts = []
+    parts, batch_size = [], batch_size or rows_at_once(model)
     for start in range(0, len(rows), batch_size):
         chosen = rows[start : start + batch_size]
-        told = [str(row.tool["result"]) if tool and row.tool else None for row in chosen]
+        told = [said_by_tool(row) if tool else None for row in chosen]
         batch = collate(model, [Example(row, target(row), text) for row, text in zip(chosen, told)], features)
         parts.append(model.predictor(batch["query"], batch["visual"], batch["tool"]).embedding.data)
     return np.concatenate(parts)
