@@ -128,9 +128,9 @@ def dry_run(args, **facts):
 
 
 def counter(args, what, every=30.0):
-    """A report(done, total, …) that keeps one line up to date; where that is no terminal, one ``every`` so many seconds.
+    """A report(done, total, …) that keeps one line up to date; elsewhere than on a terminal, a line now and then.
 
-    It says how long the rest will take, once that is known to be more than some seconds.
+    every : seconds between those.  It says how long the rest will take, if that is more than some seconds.
     """
     if args.quiet:
         return None

@@ -8,7 +8,7 @@ from PIL import Image
 
 from training.data.manifest import Sample
 from training.phases import agent, agent_own, jepa, monitor
-from training.scripts import train_agent, train_jepa
+from training.scripts import train_agent, train_decoder, train_jepa
 from xuracore import io
 from xuracore.errors import ConfigError
 from xuravljepa.agent.agent import Agent
@@ -91,7 +91,7 @@ def test_mistakes_are_explained(places, tmp_path):
     right = [{**seen(i), "answers": ["Dark", "Light"], "answer": "Dark"} for i in range(60)]
     unheld = [walled(i) if i % 6 == 0 else seen(i) for i in range(60)]
     for data, words, more in (
-            (other, "knows no answer of your questions: train phases 1 and 2 on this --data-dir", []),
+            (other, "knows no answer of your questions: train the phases before on this --data-dir", []),
             (plain, "no row of --data-dir names a tool", ["--stage", "injection"]),
             (write(tmp_path / "unheld", unheld), "rows of tools can be trained on and 0 are held out", []),
             (write(tmp_path / "right", right), "0 are wrong.*Hold out more pictures", [])):
@@ -99,6 +99,8 @@ def test_mistakes_are_explained(places, tmp_path):
             train(model, data, tmp_path / "run", *more)
     with pytest.raises(ConfigError, match="knows no answer of generated questions"):
         train_agent.main(["--model", model, "--output-dir", str(tmp_path / "run"), *SHORT, "--scenes", "8"])
+    with pytest.raises(ConfigError, match="knows no answer of generated questions"):
+        train_decoder.main(["--model", model, "--output-dir", str(tmp_path / "run"), *SHORT, "--scenes", "2"])
 
 
 def test_a_row_without_a_result_is_a_question_like_any_other():

@@ -6,7 +6,7 @@ from pathlib import Path
 from training.data.dataset import open_dataset
 from training.data.readers import FORMATS
 from training.data.readers.settings import Settings
-from xuracore.errors import DTypeError, ShapeError
+from xuracore.errors import ConfigError, DTypeError, ShapeError
 from xuravljepa.model import CAPTION_QUERY
 
 SHOWN = 10
@@ -30,9 +30,9 @@ def add_data_options(parser):
 
 def add_cache_option(parser):
     """Add ``--feature-cache`` to a parser, or to a group of one."""
-    parser.add_argument("--feature-cache", metavar="DIR", help="keep the frozen X-Encoder's tokens here (float16, found "
-                        "by the pictures' bytes), so that no run encodes a picture again; 'none' keeps nothing (default: "
-                        "none, but 'features' beside --output-dir where the X-Encoder is large)")
+    parser.add_argument("--feature-cache", metavar="DIR", help="keep the frozen X-Encoder's tokens here (float16, "
+                        "found by the pictures' bytes), so that no run encodes a picture again; 'none' keeps nothing "
+                        "(default: none, but 'features' beside --output-dir where the X-Encoder is large)")
 
 
 def cache_folder(args, encoder):
@@ -59,6 +59,18 @@ def open_from(args, folder=None, split=None, say=None):
     listing = Path(folder) / BAD_SAMPLES if folder is not None else None
     return open_dataset(args.data_dir, args.data_format, split=split, max_bad_fraction=args.max_bad_fraction,
                         settings=settings, say=say, listing=listing)
+
+
+def check_known(model, source, rows, given):
+    """ConfigError where a model knows no answer of ``rows``: it was trained on something else.
+
+    given : whether the rows are from --data-dir, not generated.
+    """
+    if not {row.answer for row in rows} & set(model.config.answers):
+        raise ConfigError(f"the model {source} knows no answer of {'your' if given else 'generated'} questions: "
+                          + ("train the phases before on this --data-dir first, and name the result with --model"
+                             if given else "it was trained on data of your own, and --data-dir has to say where they "
+                             "are"))
 
 
 def leave_out_long(model, bad, *parts):

@@ -57,17 +57,6 @@ def check_tools(taught, held):
                           "of both, with answers that the model knows. Give some the split \"val\" or \"calib\"")
 
 
-def check_known(model, source, rows, own):
-    """ConfigError where a model knows no answer of ``rows``: it was trained on something else.
-
-    own : whether the rows are the user's, not generated.
-    """
-    if not {row.answer for row in rows} & set(model.config.answers):
-        raise ConfigError(f"the model {source} knows no answer of {'your' if own else 'generated'} questions: "
-                          + ("train phases 1 and 2 on this --data-dir first, and name the result with --model" if own
-                             else "it was trained on data of your own, and --data-dir has to say where they are"))
-
-
 def asked_of(held, preprocessing, seed=0):
     """{name: Group} of held-out rows: as they are, those of tools, and a quarter of them for each change."""
     number = picture_number(held)

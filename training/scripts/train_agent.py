@@ -169,7 +169,7 @@ def train_monitor(args, heads, readings, description):
 def own_rows(args, model, source):
     """(rows taught, rows held out, their pictures' FeatureStore) of --data-dir."""
     taught, held, bad = own_data(args, for_monitor=True)
-    own.check_known(model, source, held, own=True)
+    arguments.check_known(model, source, held, given=True)
     if args.dry_run:
         return taught, held, None
     taught, held = arguments.leave_out_long(model, bad, taught, held)
@@ -235,7 +235,7 @@ def main(argv=None):
         options.say(args, f"no --data-dir: generating {scenes} scenes with questions and tool questions (seed "
                     f"{args.data_seed})")
         parts = generated_rows(args, scenes)
-        own.check_known(model, source, parts[0], own=False)
+        arguments.check_known(model, source, parts[0], given=False)
         features = FeatureStore(model, [row for part in parts for row in part], cache=args._cache,
                                 report=options.counter(args, "pictures encoded"))
     heads.monitor.familiarity.fit(some_tokens(features.tokens).astype(np.float32))

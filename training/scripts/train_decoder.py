@@ -44,6 +44,7 @@ def main(argv=None):
     parser.add_argument("--blind", action="store_true", help="a decoder that does not look at the picture stays so: "
                         "it is smaller, and writes from the embedding alone")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
+    arguments.add_cache_option(parser)
     arguments.add_data_options(parser)
     args = parser.parse_args(argv)
     options.prepare(args)
@@ -55,12 +56,14 @@ def main(argv=None):
     train_rows, held_rows, bad = data_sets(args)
     if bad is None and args.wordings == "wide":
         train_rows += Dataset.captions("train", args.caption_scenes, args.data_seed, args.scenes, WHOLE, "wide").rows
+    arguments.check_known(model, source, held_rows, given=bad is not None)
     if options.dry_run(args, phase=2, model=str(source), questions=len(train_rows), held_out=len(held_rows)):
         return 0
     if bad is not None:
         train_rows, held_rows = arguments.leave_out_long(model, bad, train_rows, held_rows)
+    cache = arguments.cache_folder(args, model.x_encoder)
     features = FeatureStore(model, [*train_rows, *held_rows], report=options.counter(args, "pictures encoded"), bad=bad,
-                            ranks=args._ranks)
+                            ranks=args._ranks, cache=cache)
     if bad is not None:
         train_rows, held_rows = features.usable(train_rows), features.usable(held_rows)
         arguments.report_bad(bad, args.output_dir if args._ranks.leads else None, args.quiet)
@@ -78,7 +81,7 @@ def main(argv=None):
     if not args.data_dir and args.wordings == "wide":
         texts = Dataset.captions("val", min(args.scenes, 60), args.data_seed, types=tuple(TEMPLATES),
                                  templates="wide").rows
-        texts_features = FeatureStore(model, texts)
+        texts_features = FeatureStore(model, texts, cache=cache)
         texts_predicted = decoder.predict(model, texts, texts_features)
 
     def evaluate(model, step):
