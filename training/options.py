@@ -22,7 +22,8 @@ def training_parser(description, epilog, **defaults):
     """A ConfigParser with the common options.
 
     defaults : values that suit the phase: steps, batch_size, lr, warmup, weight_decay, output_dir, and
-        ``monitor``, the evaluated number that --patience watches.
+        ``monitor``, the evaluated number that --patience watches; ``presets``, {preset: {"batch_size", "lr"}} where
+        those of larger models differ.
     """
     parser = ConfigParser(description=description, epilog=epilog,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,13 +35,15 @@ def training_parser(description, epilog, **defaults):
                        "without it, scenes are generated")
     group.add_argument("--scenes", type=positive, metavar="N", help="how many scenes to generate")
     group.add_argument("--data-seed", type=int, default=0, metavar="N", help="seed of the generated data (default 0)")
+    others = defaults.setdefault("presets", {})
     group = parser.add_argument_group("how long and how fast")
     group.add_argument("--epochs", type=positive, metavar="N", help="passes over the data; wins over --steps")
     group.add_argument("--steps", type=positive, metavar="N", help=f"optimizer steps (default {defaults['steps']})")
-    group.add_argument("--batch-size", type=positive, metavar="N", help=f"default {defaults['batch_size']}")
+    group.add_argument("--batch-size", type=positive, metavar="N",
+                       help=f"default {defaults['batch_size']}{_of_presets(others, 'batch_size')}")
     group.add_argument("--accumulate", type=positive, default=1, metavar="N", help="batches per step (default 1)")
-    group.add_argument("--lr", type=float, default=defaults["lr"],
-                       help=f"peak learning rate (default {defaults['lr']:g})")
+    group.add_argument("--lr", type=float,
+                       help=f"peak learning rate (default {defaults['lr']:g}{_of_presets(others, 'lr')})")
     group.add_argument("--schedule", choices=SCHEDULES, default="cosine")
     group.add_argument("--warmup", type=int, metavar="STEPS",
                        help=f"default {defaults['warmup']}, at most a tenth of all")
@@ -79,6 +82,11 @@ def training_parser(description, epilog, **defaults):
     return parser
 
 
+def _of_presets(others, name):
+    """", 8 with --preset base" for each preset that has a default of its own."""
+    return "".join(f", {values[name]:g} with --preset {preset}" for preset, values in others.items())
+
+
 def positive(text):
     """argparse type: a whole number of at least 1."""
     try:
@@ -103,7 +111,9 @@ def prepare(args):
         args.quiet = True
     parallel.set_threads(args._ranks, args.threads)
     defaults = args._defaults
-    args.batch_size = args.batch_size or defaults["batch_size"]
+    of_preset = {**defaults, **defaults["presets"].get(args.preset, {})}
+    args.batch_size = args.batch_size or of_preset["batch_size"]
+    args.lr = of_preset["lr"] if args.lr is None else args.lr
     if args.resume not in (None, "latest"):
         raise ConfigError(f"--resume {args.resume!r}: runs live in --output-dir, and only 'latest' can be resumed")
     if args.patience:

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 
-from training import optim
+from training import optim, options
 from training.data.dataset import Dataset
 from training.phases import jepa
 from training.phases.common import FeatureStore
 from training.phases.objective import Objective, ObjectiveConfig, Training
+from training.scripts import train_jepa
 from xuravljepa.model import VLJEPA
 from xuravljepa.presets import VLJEPAConfig
 
@@ -38,3 +39,14 @@ def test_a_larger_preset_learns_a_batch(name):
         training.after_step()
         losses.append(loss.item())
     assert np.isfinite(losses).all() and losses[1] < 0.8 * losses[0]
+
+
+def test_a_larger_preset_has_a_batch_and_a_rate_of_its_own(threads_of_its_own):
+    for flags, batch, rate in (([], 32, 2e-3), (["--preset", "small"], 16, 5e-4), (["--preset", "base"], 4, 2e-4),
+                               (["--preset", "base", "--batch-size", "2", "--lr", "1e-3"], 2, 1e-3)):
+        parser = options.training_parser("", "", steps=1, batch_size=32, lr=2e-3, warmup=0, weight_decay=0.0,
+                                         output_dir="x", presets=train_jepa.LARGER)
+        args = parser.parse_args(flags)
+        options.prepare(args)
+        assert (args.batch_size, args.lr) == (batch, rate)
+    assert "4 with --preset base" in " ".join(parser.format_help().split())
