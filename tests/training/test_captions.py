@@ -15,6 +15,7 @@ from training.phases.objective import Objective, ObjectiveConfig, Training
 from xuracore.errors import ConfigError
 from xuravljepa.model import CAPTION_QUERY, VLJEPA
 from xuravljepa.presets import VLJEPAConfig
+from xuravljepa.tokenizer import PAD
 
 
 def texts(this, **how):
@@ -135,3 +136,21 @@ def test_phase_2_gives_half_a_batch_to_captions_and_reports_how_they_read(model,
     assert all(0 <= found["bleu4"] <= 1 and -1 <= found["cycle"] <= 1.001 for found in report.values())
     only = decoder.AnswerBatches(model, [rows[i] for i in chosen], predicted[chosen], 8).batch(0)
     assert only["answers"] is None and len(only["captions"]["tokens"]) == 8
+
+
+def test_a_decoder_that_looks_is_shown_the_pictures_it_writes_about(model, rows):
+    looking = model.looking(np.random.default_rng(1))
+    features, predicted = FeatureStore(looking, rows), model.encode_answers([jepa.target(row) for row in rows]).data
+    first, second = (decoder.AnswerBatches(looking, rows, predicted, 8, features=features).batch(i) for i in range(2))
+    assert first["answers"]["sight"] is None and second["answers"]["sight"] is not None  # streams come without pictures
+    texts = first["captions"]
+    chosen = [next(row for row in rows if row.caption and np.array_equal(
+        looking.y_decoder.tokens([row.caption])[0], ids[ids != PAD])) for ids in texts["tokens"]]
+    own = looking.predictor.sight(features(chosen))
+    np.testing.assert_array_equal(texts["sight"].places, own.places)
+    np.testing.assert_allclose(texts["sight"].tokens.data, own.tokens.data, atol=1e-5)
+    assert decoder.AnswerBatches(model, rows, predicted, 8, features=features).batch(1)["captions"]["sight"] is None
+    for look in looking.y_decoder.looks:
+        look.attention.out_proj.weight.data[:] = np.eye(64)
+    bare, seen = (decoder.write(looking, rows[:3], predicted[:3], part) for part in (None, features))
+    assert bare == looking.y_decoder.write(predicted[:3]) and bare != seen

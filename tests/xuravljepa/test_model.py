@@ -50,6 +50,24 @@ def test_larger_presets_build_and_read(name):
     assert model.parameter_count() == sum(parameter_counts(model.config).values())
 
 
+def test_a_model_whose_decoder_learns_to_look_writes_as_before_and_is_read_back(model, tmp_path):
+    looking = model.looking(np.random.default_rng(3))
+    texts = [m.answer(IMAGE, "what is it?", decode=True, constrained=False) for m in (model, looking)]
+    assert texts[0] == texts[1] and looking.looking() is looking
+    for look in looking.y_decoder.looks:
+        look.attention.out_proj.weight.data[:] = 1
+    looking.save_pretrained(tmp_path)
+    again = VLJEPA.from_pretrained(tmp_path)
+    assert again.config.decoder.look_places == 5 and parameter_counts(again.config)["y_decoder"] == sum(
+        parameter.size for parameter in again.y_decoder.parameters())
+    sight = looking.predictor.sight(looking.visual_tokens(looking.pixels(IMAGE)))
+    given = looking.embed(IMAGE, "what is it?")
+    assert looking.answer(IMAGE, "what is it?", decode=True) == again.y_decoder.generate(
+        given, allowed=CONFIG.answers, sight=sight)[0]
+    with pytest.raises(ConfigError, match="look_dim and look_places are"):
+        CONFIG.replace(decoder=CONFIG.decoder.replace(look_dim=7, look_places=5))
+
+
 def test_the_base_preset_has_the_published_sizes():
     config = VLJEPAConfig.preset("base")
     assert round(config.vision.parameter_count / 1e6, 1) == 303.3
