@@ -53,20 +53,21 @@ class ProgressLine:
             return
         now = time.monotonic()
         if self._first is None:
-            self._first = step - 1
+            self._first = step, now  # kernels compiled before that: what it took says nothing about the rest
         if step < self.total and now - self._last < (0.1 if self._terminal else self.seconds):
             return
         self._last = now
-        done = step - self._first
-        left = (now - self._started) / done * (self.total - step)
+        (first, since), left = self._first, ""
+        if step > first:
+            left = f"left {duration((now - since) / (step - first) * (self.total - step))}"
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
         text = f"{self.label} {step}/{self.total}  {shown}  "
-        text += f"left {duration(left)}" if step < self.total else f"took {duration(now - self._started)}"
+        text += left if step < self.total else f"took {duration(now - self._started)}"
         if self._terminal:
             self.stream.write("\r" + text.ljust(self._width))
             self._width = len(text)
         else:
-            self.stream.write(text + "\n")
+            self.stream.write(text.rstrip() + "\n")
         self.stream.flush()
 
     def say(self, text):

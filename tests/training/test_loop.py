@@ -331,7 +331,7 @@ def test_progress_rewrites_a_line_on_a_terminal_and_prints_lines_elsewhere():
         line.close()
         text = stream.getvalue()
         assert text.count("\r") == (1 if stream.isatty() else 0) + (text.count("\r") > 1)
-        assert "step 2/2  loss 0.5  took" in text and text.endswith("\n")
+        assert "step 2/2  loss 0.5  took" in text and text.endswith("\n") and "left" not in text
     assert [duration(s) for s in (4, 200, 3900)] == ["4s", "3m20s", "1h05m"]
 
 
