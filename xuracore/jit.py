@@ -46,6 +46,8 @@ FMA = frozenset({"contract"})
 REDUCE = frozenset({"contract", "reassoc", "nsz", "arcp"})
 
 PARALLEL_WORK = 200_000  # scalar operations below which one thread is faster than two
+WAKING_WORK = 2_000_000  # below which that is so where the other thread has to be woken first
+DENSE = 2e-4  # seconds between kernels that are worth waking a thread for the next ones
 
 KERNELS = []  # every Kernel, in order of definition: for warm-up and the tests
 FIRST_CALLS = []  # (kernel name, "compiled" or "cached", seconds); in plain Python each call
@@ -373,18 +375,22 @@ class Kernel:
         run in one: ``scale.sized(x.size)(x, 2.0, out)``.
         """
         if work >= PARALLEL_WORK and self.parallel and threads.parallel_allowed():
-            return self.in_parts(threads.get_num_threads())
+            return self.in_parts(threads.get_num_threads(), small=work < WAKING_WORK)
         return self._serial or self._built_serial()
 
-    def in_parts(self, parts):
-        """The function that runs as ``parts`` parts, each on its own thread; same results for any number."""
+    def in_parts(self, parts, small=False):
+        """The function that runs as ``parts`` parts, each on its own thread; same results for any number.
+
+        A ``small`` one runs in the calling thread, unless another thread is awake, or kernels come so densely
+        that it should be.
+        """
         if backend() != "numba" or not self.parallel:
             return self._serial or self._built_serial()
-        return functools.partial(_shared, self, parts, -1)
+        return functools.partial(_shared, self, parts, -1, small)
 
-    def in_runs(self, runs, tasks):
+    def in_runs(self, runs, tasks, small=False):
         """The function that does ``tasks`` as ``runs`` runs, each on its own thread, for :meth:`split`."""
-        return functools.partial(_shared, self, runs, tasks)
+        return functools.partial(_shared, self, runs, tasks, small)
 
     def split(self, tasks, work):
         """The function to call for a kernel over ``range(start, stop)`` of ``tasks`` independent tasks.
@@ -399,7 +405,7 @@ class Kernel:
         runs = max(1, min(tasks, threads.get_num_threads())) if parallel else 1
         if runs == 1:
             return functools.partial(self.compiled(), 0, tasks)
-        return self.in_runs(runs, tasks)
+        return self.in_runs(runs, tasks, small=work < WAKING_WORK)
 
     def _built_serial(self):
         if backend() == "numpy":
@@ -445,8 +451,12 @@ def _plain(python):
     return call
 
 
-def _shared(kernel, parts, tasks, *arguments):
+_last_alone = 0.0  # when a small kernel found no other thread awake
+
+
+def _shared(kernel, parts, tasks, small, *arguments):
     """``kernel`` in ``parts`` calls on as many threads, each of (part, parts) or of (start, stop) of ``tasks``."""
+    global _last_alone
     kinds = tuple([(type(a), a.dtype, a.ndim) if isinstance(a, np.ndarray) else type(a) for a in arguments])
     address = kernel.addresses.get(kinds)
     if address:
@@ -460,6 +470,10 @@ def _shared(kernel, parts, tasks, *arguments):
             return threads.spread()
         if outcome == crew.BROKEN:
             raise MemoryError(f"kernel {kernel.__name__} failed, probably for want of memory")
+        if small:
+            before, _last_alone = _last_alone, time.perf_counter()
+            if _last_alone - before > DENSE:
+                parts = 1
     call = kernel.compiled()
     threads.run([(call, *pair, *arguments) for pair in _bounds(parts, tasks)])
     if address is None and backend() == "numba":

@@ -223,7 +223,7 @@ def share(calls, work):
 
 
 SHARED_WORK = 2_000_000  # handing tasks to another thread costs as much as a million products
-TASK_WORK = 4_000_000  # of each task on average: some hundred microseconds
+TASK_WORK = 20_000_000  # of each task on average: milliseconds
 
 
 def _in_turn(calls):

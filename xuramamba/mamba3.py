@@ -138,11 +138,6 @@ class Mamba3Config(Config):
         return 0 if self.rope == "none" else int(self.d_state * self.rope_fraction) // 2
 
 
-def heavy_tail(x):
-    """1 + x for x ≥ 0, 1/(1 - x) below: positive, slope 1 at 0, and a slow approach to 0."""
-    return ops.where(x.data >= 0, x + 1.0, 1.0 / (1.0 - ops.minimum(x, 0.0)))
-
-
 class Mamba3(Module):
     """``y, state = mixer(x, state=None, *, mask=None, cu_seqlens=None)``, x and y (B, L, d_model).
 
@@ -224,7 +219,7 @@ class Mamba3(Module):
         if c.bc_norm:
             k, q = self.B_norm(k), self.C_norm(q)
         dt = ops.softplus(step + self.dt_bias)
-        rate = heavy_tail(forget) if c.a_activation == "heavy_tail" else ops.softplus(forget)
+        rate = ops.heavy_tail(forget) if c.a_activation == "heavy_tail" else ops.softplus(forget)
         a = -ops.maximum(rate, c.a_floor)
         y, *after = ops.trapezoidal_scan(
             q, k, v.reshape(batch, length, c.heads, c.headdim), dt, a,

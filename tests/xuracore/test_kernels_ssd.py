@@ -26,67 +26,73 @@ def same(results, tolerance=1e-9):
     return results[0]
 
 
+PIECES = st.lists(st.integers(1, 9), min_size=1, max_size=3)
+
+
+def laid_out(lengths):
+    """Row of the batch, first token and tokens of pieces that lie apart; and the shape (B, L) that holds them."""
+    return np.array([(1, 2 + 12 * i, n) for i, n in enumerate(lengths)]), (2, 12 * len(lengths))
+
+
 @settings(max_examples=25)
 @given(
-    st.integers(1, 3), st.integers(1, 9), st.integers(1, 3), st.booleans(), st.sampled_from([2, 4, 6, 16]),
+    st.integers(1, 3), PIECES, st.integers(1, 3), st.booleans(), st.sampled_from([2, 4, 6, 16]),
     st.integers(1, 5), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_the_elementwise_half_equals_its_twin(heads, tokens, rank, shared, size, width, seed):
+def test_the_elementwise_half_equals_its_twin(heads, lengths, rank, shared, size, width, seed):
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal
+    places, (batch, length) = laid_out(lengths)
     head = int(rng.integers(heads))
-    count, rows = heads - head, tokens * rank
-    batch, start = 2, 3
-    length = tokens + start
+    count, rows, pieces = heads - head, max(lengths) * rank, len(lengths)
     v, skip = normal((batch, length * rank, heads, width)), normal(heads)
     log_decay = -rng.uniform(0, 3, (batch, length, heads))
     gain, own = rng.uniform(0, 1, (2, batch, length, heads))
-    each = 1 if shared else count
-    q, k = normal((2, each, rows, size))
-    products = q @ k.swapaxes(1, 2)
-    at = (1, start, head, tokens)
-    a, x = np.zeros((count, rows, size + rows)), normal((count, size + rows, width))
-    scaled, total = np.zeros((count, rows, width)), np.zeros(count)
+    q, k = normal((2, pieces, 1 if shared else count, rows, size))
+    products = q @ k.swapaxes(2, 3)
+    at = places, head
+    a, x = np.zeros((pieces, count, rows, size + rows)), normal((pieces, count, size + rows, width))
+    scaled, total = np.zeros((pieces, count, rows, width)), np.zeros((pieces, count))
     a, x, *_ = same(both(ssd.ssd_chunk, (q, v, log_decay, gain, own, skip, *at, products), (a, x, scaled, total)))
 
-    grad, da, dx = normal((count, size, width)), normal(a.shape), normal(x.shape)
-    back, dkeys = normal((count, rows, width)), normal((count, rows, size))
+    grad, da, dx = normal((pieces, count, size, width)), normal(a.shape), normal(x.shape)
+    back, dkeys = normal(scaled.shape), normal((pieces, count, rows, size))
     outputs = [np.zeros_like(products), np.zeros_like(q), np.zeros_like(q), normal(v.shape)]
     outputs += [normal(gain.shape) for _ in range(3)] + [normal(heads)]
     same(both(
         ssd.ssd_chunk_gradient, (v, log_decay, gain, own, *at, products, a, x, grad, da, dx, back, dkeys), outputs
     ))  # fmt: skip
     steps = (q, k, v, log_decay, gain, own, skip, *at)
-    same(both(ssd.ssd_steps, steps, (normal((count, size, width)), np.zeros_like(v))))
+    same(both(ssd.ssd_steps, steps, (normal(grad.shape), np.zeros_like(v))))
 
 
 @settings(max_examples=25)
 @given(
-    st.integers(1, 7), st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.sampled_from([2, 4, 6, 16]),
+    PIECES, st.integers(1, 3), st.integers(1, 2), st.integers(1, 2), st.sampled_from([2, 4, 6, 16]),
     st.integers(0, 3), st.booleans(), st.booleans(), st.booleans(), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_rotation_equals_its_twin(tokens, rank, groups, per_group, size, turns, half, shared, radians, seed):
+def test_rotation_equals_its_twin(lengths, rank, groups, per_group, size, turns, half, shared, radians, seed):
     rng = np.random.default_rng(seed)
     normal = rng.standard_normal
     heads, turns = groups * per_group, min(turns, size // 2)
+    places, (batch, length) = laid_out(lengths)
     head = int(rng.integers(heads))
-    count, batch, start, rows = heads - head, 2, 2, tokens * rank
-    length = start + tokens + 1
+    shape = len(lengths), heads - head, max(lengths)
     q, k = normal((2, batch, length, rank, groups, size))
     biases = normal((2, heads, rank, size))
     rate, dt = normal((batch, length, 1 if shared else heads, turns)), rng.uniform(0, 1, (batch, length, heads))
-    at = (1, start, head, tokens, half, radians)
-    outputs = [rng.uniform(1, 3, (count, turns)), *np.zeros((2, count, tokens, turns))]
-    outputs += [*np.zeros((2, count, rows, size))]
+    at = (places, head, half, radians)
+    outputs = [rng.uniform(1, 3, (*shape[:2], turns)), *np.zeros((2, *shape, turns))]
+    outputs += [*np.zeros((2, *shape[:2], shape[2] * rank, size))]
     results = both(trapezoid.rotated_keys, (q, k, *biases, rate, dt, *at), outputs)
     for one in results:
         one[0] = np.exp(1j * one[0])  # angles near 0 and near 2 pi are the same
     _, cosine, sine, queries, keys = same(results)
-    gradients = [normal((count, turns)), *np.zeros((2, *q.shape)), *np.zeros((2, heads, rank, size))]
+    gradients = [normal((*shape[:2], turns)), *np.zeros((2, *q.shape)), *np.zeros((2, heads, rank, size))]
     gradients += [np.zeros(rate.shape), normal(dt.shape)]
     wants = []
     for function in (trapezoid.unrotated_keys.twin, trapezoid.unrotated_keys):
-        dq, dk = np.random.default_rng(1).standard_normal((2, count, rows, size))  # used up by each call
+        dq, dk = np.random.default_rng(1).standard_normal((2, *queries.shape))  # used up by each call
         out = [x.copy() for x in gradients]
         function(dq, dk, queries, keys, cosine, sine, rate, dt, *at, *out)
         wants.append(out)

@@ -11,8 +11,9 @@ transition ``alpha e^{-i phi}``: see :mod:`xuracore.kernels.complex_state`.
 
 Shapes: q, k ``(B, L, R, G, N)``; dt ``(B, L, H)``; rate ``(B, L, J, S)`` with J = 1 (shared by the heads) or H;
 q_bias, k_bias ``(H, R, N)``.  ``half`` pairs coordinates (i, i + N/2), else (2i, 2i + 1), for i < S.
-With ``radians`` theta grows by the rate as it is, whatever dt.  Each call does heads ``head … head + U`` of
-tokens ``start … start + Q`` of sequence ``b``; head ``j`` uses group ``j // (H // G)``.
+With ``radians`` theta grows by the rate as it is, whatever dt.  Each call does heads ``head … head + U`` of m
+pieces of at most Q tokens, ``places`` (m, 3): row of the batch, first token, tokens; head ``j`` uses group
+``j // (H // G)``.  What lies behind a piece's rows is not touched.
 """
 
 import numpy as np
@@ -24,9 +25,9 @@ from xuracore.kernels.trapezoid_numpy import previous_token_numpy, rotated_keys_
 
 @kernel(twin=rotated_keys_numpy)
 def rotated_keys(
-    q, k, q_bias, k_bias, rate, dt, b, start, head, tokens, half, radians, theta, cosine, sine, queries, keys
+    q, k, q_bias, k_bias, rate, dt, places, head, half, radians, theta, cosine, sine, queries, keys
 ):  # fmt: skip
-    """Write queries and keys ``(U, Q R, N)`` and the cosine and sine ``(U, Q, S)`` of theta ``(U, S)``.
+    """Write queries and keys ``(m, U, Q R, N)`` and the cosine and sine ``(m, U, Q, S)`` of theta ``(m, U, S)``.
 
     theta is the angle before these tokens, and becomes that after them.
     """
@@ -34,23 +35,26 @@ def rotated_keys(
     per_group = dt.shape[2] // groups
     turns, shared = rate.shape[3], rate.shape[2] == 1
     one = q.dtype.type(1)
-    for u in range(theta.shape[0]):
+    count = theta.shape[1]
+    for task in range(theta.shape[0] * count):
+        item, u = task // count, task % count
         j = head + u
         g, at = j // per_group, 0 if shared else j
-        angle = theta[u]
-        for i in range(tokens):
+        b, start = places[item, 0], places[item, 1]
+        angle, to_queries, to_keys = theta[item, u], queries[item, u], keys[item, u]
+        for i in range(places[item, 2]):
             t = start + i
             pace = one if radians else dt[b, t, j]
-            speed, c, s = rate[b, t, at], cosine[u, i], sine[u, i]
+            speed, c, s = rate[b, t, at], cosine[item, u, i], sine[item, u, i]
             for n in range(turns):
                 angle[n] = wrap_angle(angle[n] + speed[n] * pace)
                 c[n], s[n] = cosine_sine(angle[n])
             for r in range(rank):
                 for query in range(2):
                     if query == 1:
-                        source, bias, out = q[b, t, r, g], q_bias[j, r], queries[u, i * rank + r]
+                        source, bias, out = q[b, t, r, g], q_bias[j, r], to_queries[i * rank + r]
                     else:
-                        source, bias, out = k[b, t, r, g], k_bias[j, r], keys[u, i * rank + r]
+                        source, bias, out = k[b, t, r, g], k_bias[j, r], to_keys[i * rank + r]
                     for n in range(size):
                         out[n] = source[n] + bias[n]
                     if half:
@@ -68,12 +72,12 @@ def rotated_keys(
 
 @kernel(twin=unrotated_keys_numpy, fastmath=REDUCE)
 def unrotated_keys(
-    dqueries, dkeys, queries, keys, cosine, sine, rate, dt, b, start, head, tokens, half, radians,
+    dqueries, dkeys, queries, keys, cosine, sine, rate, dt, places, head, half, radians,
     dtheta, gq, gk, gq_bias, gk_bias, grate, gdt,
 ):  # fmt: skip
     """Gradients of :func:`rotated_keys`, from those of queries and keys, which are used up.
 
-    dtheta ``(U, S)`` is the gradient of the angle after these tokens, and becomes that of the angle before.
+    dtheta ``(m, U, S)`` is the gradient of the angle after these tokens, and becomes that of the angle before.
     Adds to gq, gk ``(B, L, R, G, N)``, gq_bias, gk_bias ``(H, R, N)`` and grate; writes gdt at its place.
     """
     rank, groups, size = gq.shape[2], gq.shape[3], gq.shape[4]
@@ -81,21 +85,24 @@ def unrotated_keys(
     turns, shared = rate.shape[3], rate.shape[2] == 1
     zero, one = gq.dtype.type(0), gq.dtype.type(1)
     other = size // 2
-    for u in range(dtheta.shape[0]):
+    count = dtheta.shape[1]
+    for task in range(dtheta.shape[0] * count):
+        item, u = task // count, task % count
         j = head + u
         g, at = j // per_group, 0 if shared else j
-        dangle = dtheta[u]
+        b, start, tokens = places[item, 0], places[item, 1], places[item, 2]
+        dangle = dtheta[item, u]
         for back in range(tokens):
             i = tokens - 1 - back
             t = start + i
-            c, s = cosine[u, i], sine[u, i]
+            c, s = cosine[item, u, i], sine[item, u, i]
             for r in range(rank):
                 for query in range(2):
                     row = i * rank + r
                     if query == 1:
-                        x, d, to, bias = queries[u, row], dqueries[u, row], gq[b, t, r, g], gq_bias[j, r]
+                        x, d, to, bias = queries[item, u, row], dqueries[item, u, row], gq[b, t, r, g], gq_bias[j, r]
                     else:
-                        x, d, to, bias = keys[u, row], dkeys[u, row], gk[b, t, r, g], gk_bias[j, r]
+                        x, d, to, bias = keys[item, u, row], dkeys[item, u, row], gk[b, t, r, g], gk_bias[j, r]
                     if half:
                         first, second, x0, x1 = d[:turns], d[other:], x[:turns], x[other:]
                         for n in range(turns):

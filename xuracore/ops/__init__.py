@@ -13,8 +13,8 @@ from xuracore.ops.elementwise import (
     maximum, minimum, multiply, nan_to_num, negative, power, remainder, sin, sqrt, subtract, where,
 )
 from xuracore.ops.functions import (
-    acos, acosh, asin, asinh, atan, atanh, ceil, cosh, elu, exp2, floor, hardswish, leaky_relu, log2, log10,
-    log_sigmoid, mish, reciprocal, round, rsqrt, sign, sinh, softsign, square, tan, trunc,
+    acos, acosh, asin, asinh, atan, atanh, ceil, cosh, elu, exp2, floor, hardswish, heavy_tail, leaky_relu, log2,
+    log10, log_sigmoid, mish, reciprocal, round, rsqrt, sign, sinh, softsign, square, tan, trunc,
 )
 from xuracore.ops.group_norm import batch_norm, group_norm, instance_norm
 from xuracore.ops.index import (

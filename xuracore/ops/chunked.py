@@ -1,11 +1,14 @@
 """The chunked scan that Mamba-2 and Mamba-3 share: products by BLAS, the rest by kernels, chunk after chunk.
 
-The mathematics stands in :mod:`xuracore.kernels.ssd`.  A task is a run of heads of one sequence; its
-arrays of one chunk stay in a core's cache.  Tasks are independent and cut from shapes alone, so the
-numbers do not depend on the number of threads.
+The mathematics stands in :mod:`xuracore.kernels.ssd`.  A task is a run of heads of one long sequence, or of
+several short ones side by side, padded with zeros to the longest of them; its arrays of one chunk stay in a
+core's cache.  Tasks are independent and cut from shapes alone, so the numbers do not depend on the number of
+threads.
 
 Queries and keys come from a source: :class:`Grouped` here, rotated ones in :mod:`xuracore.ops.trapezoid`.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,14 +17,73 @@ from xuracore.autograd import is_grad_enabled
 from xuracore.kernels import ssd
 
 CHUNK_ROWS = 64  # half of a chunk's scores are wasted above the diagonal, so not many more
-RUNS = 4  # tasks of one call, at least, where there are heads enough
+TASKS = 4  # of one call, at least, where there are sequences and heads enough
 TOKEN_BY_TOKEN = 8  # up to this length the plain recurrence is faster than products of such few rows
+TASK_BYTES = 3 << 18  # what the arrays of short sequences done side by side may take: most of a core's L2 cache
 
 
-def _runs(spans, groups, heads):
-    """Heads cut into runs [low, high), each within one group where heads share groups."""
-    longest = max((stop - start for _, start, stop in spans), default=0)
-    wanted = 1 if longest <= TOKEN_BY_TOKEN else -(-RUNS // len(spans))
+class Step(NamedTuple):
+    """Consecutive pieces of a task's sequences, one of each, done at once."""
+
+    index: int
+    places: np.ndarray  # (m, 3) row of the batch, first token, tokens
+    members: object  # the numbers of their sequences, an index of an axis
+    tokens: int  # of the longest piece
+    room: object  # np.empty or, where some are shorter, np.zeros: of arrays whose rows of tokens will be written
+    ending: np.ndarray  # the pieces that are their sequence's last
+
+
+class Task(NamedTuple):
+    """Heads run[0] … run[1] of some sequences, longest first."""
+
+    number: int
+    run_number: int
+    run: tuple
+    heads: slice
+    count: int
+    members: object  # the numbers of the sequences, an index of an axis
+    steps: list
+
+
+def _index(numbers):
+    """Numbers of sequences as an index: a slice if there is one, which is faster and gives a view."""
+    return slice(numbers[0], numbers[0] + 1) if len(numbers) == 1 else np.array(numbers)
+
+
+def _steps(side, spans, chunk):
+    """The Steps of the sequences ``side``, longest first."""
+    table = np.array([spans[place] for place in side], np.int64)
+    rows, starts, lengths = table[:, 0], table[:, 1], table[:, 2] - table[:, 1]
+    steps = []
+    for index in range(-(-int(lengths[0]) // chunk)):
+        done = index * chunk
+        m = np.count_nonzero(lengths > done)
+        left = lengths[:m] - done
+        places = np.empty((m, 3), np.int64)
+        places[:, 0], places[:, 1], places[:, 2] = rows[:m], starts[:m] + done, np.minimum(left, chunk)
+        longest, shortest = places[[0, -1], 2].tolist()
+        room = np.empty if longest == shortest else np.zeros
+        steps.append(Step(index, places, _index(side[:m]), longest, room, np.flatnonzero(left <= chunk)))
+    return steps
+
+
+def _sides(spans, chunk, bytes_a_token):
+    """Sequences that are done side by side: lists of their numbers, longest first."""
+    lengths = [stop - start for _, start, stop in spans]
+    most, sides, first = -(-len(spans) // TASKS), [], 0
+    for place in sorted(range(len(spans)), key=lambda place: -lengths[place]):
+        length = min(lengths[place], chunk)
+        fits = sides and len(sides[-1]) < most and (len(sides[-1]) + 1) * first * bytes_a_token <= TASK_BYTES
+        if fits and 2 * length > first:
+            sides[-1].append(place)
+        else:
+            sides.append([place])
+            first = length
+    return sides
+
+
+def _runs(wanted, groups, heads):
+    """Heads cut into at least ``wanted`` runs [low, high), if there are as many; each within one group."""
     per_group = heads // groups
     if per_group == 1:
         wanted = min(wanted, heads)
@@ -42,152 +104,157 @@ class Grouped:
         self.groups, self.size = q.shape[2:]
         self.per_group = heads // self.groups
 
-    def prepare(self, runs):
+    def prepare(self, tasks):
         """Make room for gradients; runs that share a group each have their own."""
-        self.parts = max(1, self.per_group // (runs[0][1] - runs[0][0]))
+        self.parts = max(1, self.per_group // tasks[0].count) if tasks else 1
         self.gq, self.gk = (np.empty((self.parts, *x.shape), x.dtype) for x in (self.q, self.k))
 
-    def task(self, place, span, run):
-        """What reads, and in a backward pass writes, one run of heads of one sequence."""
-        return _GroupedRun(self, span[0], run)
+    def task(self, task):
+        """What reads, and in a backward pass writes, the queries and keys of a task."""
+        return _GroupedTask(self, task)
 
     def gradients(self):
         """(gq, gk), when all is written."""
         return tuple(g[0] if self.parts == 1 else g.sum(axis=0) for g in (self.gq, self.gk))
 
 
-class _GroupedRun:
-    def __init__(self, source, b, run):
-        self.source, self.b = source, b
-        first = run[0] // source.per_group
-        self.groups = slice(first, first + max(1, (run[1] - run[0]) // source.per_group))
-        self.part = run[0] % source.per_group // (run[1] - run[0])
+class _GroupedTask:
+    def __init__(self, source, task):
+        self.source = source
+        first = task.run[0] // source.per_group
+        self.groups = slice(first, first + max(1, task.count // source.per_group))
+        self.part = task.run[0] % source.per_group // task.count
 
-    def read(self, index, start, tokens):
-        """Queries and keys of a chunk, (U or 1, rows, N)."""
-        at = self.b, slice(start, start + tokens), self.groups
-        return (np.ascontiguousarray(x[at].swapaxes(0, 1)) for x in (self.source.q, self.source.k))
+    def read(self, step):
+        """Queries and keys of a step, (m, U or 1, tokens, N)."""
+        return (np.ascontiguousarray(take(x, step, self.groups)) for x in (self.source.q, self.source.k))
 
-    def write(self, index, start, tokens, dq, dk):
+    def write(self, step, dq, dk):
         """The gradients of what ``read`` gave."""
-        at = self.part, self.b, slice(start, start + tokens), self.groups
-        self.source.gq[at], self.source.gk[at] = dq.swapaxes(0, 1), dk.swapaxes(0, 1)
+        for to, d in ((self.source.gq, dq), (self.source.gk, dk)):
+            put(to[self.part], step, self.groups, d)
+
+
+def take(x, step, heads, rank=1):
+    """The rows of a step in x (B, L * rank, H, P) as (m, U, tokens * rank, P), a view if it is one piece."""
+    places = step.places.tolist()
+    if len(places) == 1:
+        b, start, tokens = places[0]
+        return x[b : b + 1, start * rank : (start + tokens) * rank, heads].swapaxes(1, 2)
+    out = step.room((len(places), heads.stop - heads.start, step.tokens * rank, x.shape[3]), x.dtype)
+    for piece, (b, start, tokens) in zip(out, places):
+        piece[:, : tokens * rank] = x[b, start * rank : (start + tokens) * rank, heads].swapaxes(0, 1)
+    return out
+
+
+def put(x, step, heads, values, rank=1):
+    """Write what :func:`take` reads."""
+    for piece, (b, start, tokens) in zip(values, step.places.tolist()):
+        x[b, start * rank : (start + tokens) * rank, heads] = piece[:, : tokens * rank].swapaxes(0, 1)
 
 
 class _Chunks:
-    """Shapes of one call, and what a task allocates."""
+    """Shapes and tasks of one call."""
 
-    def __init__(self, source, v, chunk):
-        self.source, self.size, self.rank = source, source.size, source.rank
-        self.width, self.dtype = v.shape[3], v.dtype
-        self.tokens = max(1, min(chunk, CHUNK_ROWS // self.rank))
+    def __init__(self, source, v, spans, chunk):
+        self.size, self.rank, self.width, self.dtype = source.size, source.rank, v.shape[3], v.dtype
+        tokens = max(1, min(chunk, CHUNK_ROWS // self.rank))
+        heads, rows = v.shape[2], tokens * self.rank
+        floats = heads * self.rank * (4 * self.size + 3 * self.width + 2 * rows)
+        sides = _sides(spans, tokens, floats * v.itemsize)
+        few = all(stop - start <= TOKEN_BY_TOKEN for _, start, stop in spans)
+        runs = _runs(1 if few else -(-TASKS // max(1, len(sides))), source.groups, heads)
+        self.tasks = []
+        for side in sides:
+            steps = _steps(side, spans, tokens)
+            for number, run in enumerate(runs):
+                count = run[1] - run[0]
+                self.tasks.append(Task(len(self.tasks), number, run, slice(*run), count, _index(side), steps))
 
-    def of(self, span):
-        starts = range(span[1], span[2], self.tokens)
-        return [(index, t, min(self.tokens, span[2] - t)) for index, t in enumerate(starts)]
-
-    def rows(self, x, b, start, tokens, run):
-        """A run of heads of x (B, L * R, H, P) as (U, rows, P)."""
-        return x[b, start * self.rank : (start + tokens) * self.rank, run[0] : run[1]].swapaxes(0, 1)
-
-    def scratch(self, run, span):
-        count, rows = run[1] - run[0], min(self.tokens, span[2] - span[1]) * self.rank
-        ends = self.size + rows
-        shapes = (count, rows, ends), (count, ends, self.width), (count, rows, self.width), (count,)
-        return [np.empty(shape, self.dtype) for shape in shapes]
+    def scratch(self, task, step, before=None):
+        """A, X, w v and e^{c_Q} of a step; those of the step before, if they will do."""
+        m, rows = len(step.places), step.tokens * self.rank
+        ends, room = self.size + rows, step.room
+        if room is np.empty and before is not None and before[0].shape[::2] == (m, rows):
+            return before
+        a, x = room((m, task.count, rows, ends), self.dtype), room((m, task.count, ends, self.width), self.dtype)
+        return a, x, room((m, task.count, rows, self.width), self.dtype), np.empty((m, task.count), self.dtype)
 
 
 def scan(source, v, log_decay, gain, own, skip, state, spans, chunk=CHUNK_ROWS):
     """The recurrence of :mod:`xuracore.kernels.ssd` from ``state`` (S, H, N, P), one for each of S spans.
 
-    v (B, L * R, H, P); log_decay, gain, own (B, L, H); skip (H,).  Returns (y like v, last like state, the
-    states before the chunks of each span for :func:`scan_gradient`, none while no tape is kept).
+    v (B, L * R, H, P); log_decay, gain, own (B, L, H); skip (H,).  Returns (y like v, last like state, what
+    :func:`scan_gradient` needs: the tasks and, where a tape is kept, the states before their steps).
     """
-    sizes = _Chunks(source, v, chunk)
-    y, last = np.empty_like(v), np.empty_like(state)
-    kept = [len(sizes.of(span)) if is_grad_enabled() else 0 for span in spans]
-    entering = [np.empty((n, *state.shape[1:]), v.dtype) for n in kept]
-    fill, step = ssd.ssd_chunk.sized(0), ssd.ssd_steps.sized(0)
+    sizes = _Chunks(source, v, spans, chunk)
+    y, last, keep = np.empty_like(v), np.empty_like(state), is_grad_enabled()
+    entering = [[] for _ in sizes.tasks]
+    fill, recur = ssd.ssd_chunk.sized(0), ssd.ssd_steps.sized(0)
 
-    def task(place, run):
-        span, heads = spans[place], slice(*run)
-        b, start, stop = span
-        read = source.task(place, span, run).read
-        if stop - start <= TOKEN_BY_TOKEN:
-            last[place, heads] = state[place, heads]
-            for index, t, tokens in sizes.of(span):
-                if kept[place]:
-                    entering[place][index, heads] = last[place, heads]
-                queries, keys = read(index, t, tokens)
-                step(queries, keys, v, log_decay, gain, own, skip, b, t, run[0], tokens, last[place, heads], y)
-            return
-        a, x, scaled, total = sizes.scratch(run, span)
-        carried = x[:, : sizes.size]
-        carried[...] = state[place, heads]
-        for index, t, tokens in sizes.of(span):
-            rows = tokens * sizes.rank
-            ends = sizes.size + rows
-            queries, keys = read(index, t, tokens)
-            products = queries @ keys.swapaxes(1, 2)
-            fill(queries, v, log_decay, gain, own, skip, b, t, run[0], tokens, products, a, x, scaled, total)
-            if kept[place]:
-                entering[place][index, heads] = carried
-            np.matmul(a[:, :rows, :ends], x[:, :ends], out=sizes.rows(y, b, t, tokens, run))
-            carried *= total[:, None, None]
-            carried += keys.swapaxes(1, 2) @ scaled[:, :rows]
-        last[place, heads] = carried
+    def do(task):
+        read, room = source.task(task).read, None
+        short = len(task.steps) == 1 and task.steps[0].tokens <= TOKEN_BY_TOKEN
+        states = state[task.members, task.heads].copy()
+        for step in task.steps:
+            carried = states[: len(step.places)]
+            if keep:
+                entering[task.number].append(carried.copy())
+            queries, keys = read(step)
+            if short:
+                recur(queries, keys, v, log_decay, gain, own, skip, step.places, task.run[0], carried, y)
+                continue
+            a, x, scaled, total = room = sizes.scratch(task, step, room)
+            products = queries @ keys.swapaxes(2, 3)
+            fill(queries, v, log_decay, gain, own, skip, step.places, task.run[0], products, a, x, scaled, total)
+            x[:, :, : sizes.size] = carried
+            if len(step.places) == 1:
+                np.matmul(a, x, out=take(y, step, task.heads, sizes.rank))
+            else:
+                put(y, step, task.heads, a @ x, sizes.rank)
+            carried *= total[:, :, None, None]
+            carried += keys.swapaxes(2, 3) @ scaled
+        last[task.members, task.heads] = states
 
-    tasks = _tasks(task, source, v, spans)
-    threads.share(tasks, 4 * v.size * source.size)
-    return y, last, entering
+    threads.share([(do, task) for task in sizes.tasks], 4 * v.size * source.size)
+    return y, last, (sizes, entering)
 
 
-def _tasks(task, source, v, spans):
-    runs = _runs(spans, source.groups, v.shape[2])
-    return [(task, place, run) for place in range(len(spans)) for run in runs]
-
-
-def scan_gradient(source, v, log_decay, gain, own, skip, entering, spans, gy, glast, chunk=CHUNK_ROWS):
+def scan_gradient(source, v, log_decay, gain, own, skip, kept, gy, glast):
     """Gradients of :func:`scan`: (gv, glog_decay, ggain, gown, gskip, gstate); the source keeps its own."""
-    sizes = _Chunks(source, v, chunk)
+    sizes, entering = kept
     gstate = np.empty_like(glast)
     gv, glog, ggain, gown = (np.empty_like(m) for m in (v, log_decay, gain, own))
-    gskip = np.zeros((len(spans), v.shape[2]), v.dtype)
+    gskip = np.zeros((len(sizes.tasks), v.shape[2]), v.dtype)
     fill, take_apart = ssd.ssd_chunk.sized(0), ssd.ssd_chunk_gradient.sized(0)
     size = sizes.size
-    source.prepare(_runs(spans, source.groups, v.shape[2]))
+    source.prepare(sizes.tasks)
 
-    def task(place, run):
-        span, heads = spans[place], slice(*run)
-        keyed = source.task(place, span, run)
-        grad = glast[place, heads].copy()
-        a, x, scaled, total = sizes.scratch(run, span)
-        da, dx, back = np.empty_like(a), np.empty_like(x), np.empty_like(scaled)
-        dkeys = np.empty((len(a), a.shape[1], size), v.dtype)
-        for index, t, tokens in reversed(sizes.of(span)):
-            rows = tokens * sizes.rank
-            ends = size + rows
-            queries, keys = keyed.read(index, t, tokens)
-            products = queries @ keys.swapaxes(1, 2)
-            fill(queries, v, log_decay, gain, own, skip, span[0], t, run[0], tokens, products, a, x, scaled, total)
-            x[:, :size] = entering[place][index, heads]
-            dy = sizes.rows(gy, span[0], t, tokens, run)
-            np.matmul(dy, x[:, :ends].swapaxes(1, 2), out=da[:, :rows, :ends])
-            np.matmul(a[:, :rows, :ends].swapaxes(1, 2), dy, out=dx[:, :ends])
-            np.matmul(keys, grad, out=back[:, :rows])
-            np.matmul(scaled[:, :rows], grad.swapaxes(1, 2), out=dkeys[:, :rows])
-            dproducts = np.empty_like(products)
-            dq, dk = np.empty((2, *queries.shape), v.dtype)
+    def do(task):
+        keyed, room = source.task(task), None
+        grads = glast[task.members, task.heads].copy()
+        for step in reversed(task.steps):
+            grad = grads[: len(step.places)]
+            queries, keys = keyed.read(step)
+            a, x, scaled, total = room = sizes.scratch(task, step, room)
+            products = queries @ keys.swapaxes(2, 3)
+            fill(queries, v, log_decay, gain, own, skip, step.places, task.run[0], products, a, x, scaled, total)
+            x[:, :, :size] = entering[task.number][step.index]
+            dy = take(gy, step, task.heads, sizes.rank)
+            da, dx = dy @ x.swapaxes(2, 3), a.swapaxes(2, 3) @ dy
+            back, dkeys = keys @ grad, scaled @ grad.swapaxes(2, 3)
+            dproducts = step.room(products.shape, v.dtype)
+            dq, dk = step.room((2, *keys.shape), v.dtype)
             take_apart(
-                v, log_decay, gain, own, span[0], t, run[0], tokens, products, a, x, grad,
-                da, dx, back, dkeys, dproducts, dq, dk, gv, glog, ggain, gown, gskip[place],
+                v, log_decay, gain, own, step.places, task.run[0], products, a, x, grad,
+                da, dx, back, dkeys, dproducts, dq, dk, gv, glog, ggain, gown, gskip[task.number],
             )  # fmt: skip
             dq += dproducts @ keys
-            dk += dproducts.swapaxes(1, 2) @ queries
-            keyed.write(index, t, tokens, dq, dk)
-            grad *= total[:, None, None]
-            grad += dx[:, :size]
-        gstate[place, heads] = grad
+            dk += dproducts.swapaxes(2, 3) @ queries
+            keyed.write(step, dq, dk)
+            grad *= total[:, :, None, None]
+            grad += dx[:, :, :size]
+        gstate[task.members, task.heads] = grads
 
-    threads.share(_tasks(task, source, v, spans), 10 * v.size * size)
+    threads.share([(do, task) for task in sizes.tasks], 10 * v.size * size)
     return gv, glog, ggain, gown, gskip.sum(axis=0), gstate

@@ -142,6 +142,11 @@ def _mish_slope(x):
 mish = _function("mish", lambda x: x * _tanh_of_softplus(x), samples_between(-5, 30),
                  "x tanh(log(1 + eˣ)) (Misra 2019).", of_input=_mish_slope,
                  reference=lambda x: x * np.tanh(np.logaddexp(0, x)))
+heavy_tail = _function(
+    "heavy_tail", lambda x: np.maximum(x, 0) + 1 / (1 - np.minimum(x, 0)), samples_between(-3, 3),
+    "1 + x for x ≥ 0, 1 / (1 - x) below: positive, slope 1 at 0, a slow approach to 0.",
+    of_output=lambda y: np.square(np.minimum(y, 1)),
+    reference=lambda x: np.where(x >= 0, 1 + x, 1 / (1 + np.abs(x))))  # fmt: skip
 hardswish = _function(
     "hardswish", lambda x: x * np.clip(x / 6 + 0.5, 0, 1), samples_between(-2.8, 2.8),
     "x clip(x/6 + 1/2, 0, 1) (Howard et al. 2019).",

@@ -72,7 +72,7 @@ def _ssd_scan_forward(
     step = np.clip(step, x.dtype.type(low), x.dtype.type(high))
     direct = skip if skip.ndim == 1 else np.zeros(x.shape[2], x.dtype)
     source, inputs = Grouped(c, b, x.shape[2]), (x, step * a, step, step, direct)
-    y, last, entering = scan(source, *inputs, h, spans, chunk)
+    y, last, kept = scan(source, *inputs, h, spans, chunk)
     if skip.ndim == 2:
         y += skip * x
     before, gate = y, None
@@ -80,15 +80,15 @@ def _ssd_scan_forward(
         gate = np.empty_like(z)
         activation.silu_forward.sized(8 * z.size)(z.reshape(-1), gate.reshape(-1))
         y = y * gate
-    saved = source, inputs, a, raw, inside, skip, z, before, gate, entering, spans, chunk, dt_softplus
+    saved = source, inputs, a, raw, inside, skip, z, before, gate, kept, h.shape, dt_softplus
     return (y, last.swapaxes(2, 3)), saved
 
 
 def _ssd_scan_vjp(grad, saved, needs):
-    source, inputs, a, raw, inside, skip, z, before, gate, entering, spans, chunk, soft = saved
+    source, inputs, a, raw, inside, skip, z, before, gate, kept, states, soft = saved
     x, step = inputs[0], inputs[2]
-    heads, width, size = *x.shape[2:], source.size
-    gy, glast = (contiguous(g, s, x) for g, s in zip(grad, (x.shape, (len(spans), heads, width, size))))
+    count, heads, size, width = states
+    gy, glast = (contiguous(g, s, x) for g, s in zip(grad, (x.shape, (count, heads, width, size))))
     gz = None
     if z is not None:
         gz = np.empty_like(z)
@@ -96,7 +96,7 @@ def _ssd_scan_vjp(grad, saved, needs):
         activation.silu_backward.sized(8 * z.size)(through, z.reshape(-1), gz.reshape(-1))
         gy = gy * gate
     gx, glog, ggain, gown, gskip, gh = scan_gradient(
-        source, *inputs, entering, spans, gy, np.ascontiguousarray(glast.swapaxes(2, 3)), chunk
+        source, *inputs, kept, gy, np.ascontiguousarray(glast.swapaxes(2, 3))
     )
     gc, gb = source.gradients()
     if skip.ndim == 2:

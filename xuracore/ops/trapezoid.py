@@ -92,69 +92,76 @@ class _Rotated:
         self.groups = dt.shape[2]  # every head has its own
         self.theta = theta.copy()  # of the last token read; after the scan, of the last of all
         self.k_last = np.empty((len(spans), self.rank, self.groups, self.size), q.dtype)
-        self.saved = [{} for _ in spans]  # theta before each chunk, by its index and first head
+        self.saved = {}  # theta before each step of each task
         self.keep, self.partials = is_grad_enabled(), None
         self.rotate = trapezoid.rotated_keys.sized(0)
 
-    def prepare(self, runs):
+    def prepare(self, tasks):
         """Make room for gradients.  Each run of heads sums its own, since heads share q, k and the angles."""
         q, k, q_bias, k_bias = self.arrays
-        count = len(self.theta)
-        self.numbers = {run: i for i, run in enumerate(runs)}
+        runs = 1 + max((task.run_number for task in tasks), default=0)
         shared = self.rate.shape[2] == 1
         self.gtheta = self.gtheta.copy()
-        self.partials = [np.zeros((len(runs), *x.shape), q.dtype) for x in (q, k)]
-        self.grate = np.zeros((len(runs) if shared else 1, *self.rate.shape), q.dtype)
-        self.gbiases = [np.zeros((count, *x.shape), q.dtype) for x in (q_bias, k_bias)]
+        self.partials = [np.zeros((runs, *x.shape), q.dtype) for x in (q, k)]
+        self.grate = np.zeros((runs if shared else 1, *self.rate.shape), q.dtype)
+        self.gbiases = [np.zeros((len(tasks), *x.shape), q.dtype) for x in (q_bias, k_bias)]
         self.gdt = np.zeros_like(self.dt)
         self.unrotate = trapezoid.unrotated_keys.sized(0)
 
-    def task(self, place, span, run):
-        """What reads, and in a backward pass writes, one run of heads of one sequence."""
-        return _RotatedRun(self, place, span, run)
+    def task(self, task):
+        """What reads, and in a backward pass writes, the queries and keys of a task."""
+        return _RotatedTask(self, task)
 
     def gradients(self):
         """(gq, gk, gq_bias, gk_bias, grate, gdt), when all is written."""
         return *(x.sum(axis=0) for x in (*self.partials, *self.gbiases, self.grate)), self.gdt
 
 
-class _RotatedRun:
-    def __init__(self, source, place, span, run):
-        self.source, self.place, self.span, self.run = source, place, span, run
-        self.now = None
+class _RotatedTask:
+    def __init__(self, source, task):
+        self.source, self.task, self.now = source, task, None
 
-    def read(self, index, start, tokens):
-        source, heads, saved = self.source, slice(*self.run), self.source.saved[self.place]
-        count, turns = self.run[1] - self.run[0], source.rate.shape[3]
-        dtype = source.dt.dtype
-        if source.partials is not None:
-            theta = saved[index, self.run[0]].copy()
-        else:
-            theta = source.theta[self.place, heads]
-            if source.keep:
-                saved[index, self.run[0]] = theta.copy()
-        queries, keys = np.empty((2, count, tokens * source.rank, source.size), dtype)
-        cosine, sine = np.empty((2, count, tokens, turns), dtype)
+    def read(self, step):
+        source, task = self.source, self.task
+        members, backward = (step.members, task.heads), source.partials is not None
+        theta = source.saved[task.number, step.index].copy() if backward else source.theta[members]
+        if source.keep and not backward:
+            source.saved[task.number, step.index] = theta.copy()
+        dtype, shape = source.dt.dtype, (2, len(theta), task.count, step.tokens * source.rank, source.size)
+        queries, keys = step.room(shape, dtype)
+        cosine, sine = np.empty((2, len(theta), task.count, step.tokens, source.rate.shape[3]), dtype)
         source.rotate(
-            *source.arrays, source.rate, source.dt, self.span[0], start, self.run[0], tokens, *source.options,
+            *source.arrays, source.rate, source.dt, step.places, task.run[0], *source.options,
             theta, cosine, sine, queries, keys,
         )  # fmt: skip
-        if source.partials is None and start + tokens == self.span[2]:
-            source.k_last[self.place, :, heads] = keys[:, -source.rank :].swapaxes(0, 1)
+        if not backward:
+            source.theta[members] = theta
+            if len(step.ending):
+                numbers, pieces, rows = self._last_rows(step)
+                source.k_last[numbers, :, task.heads] = keys[pieces, :, rows]
         self.now = queries, keys, cosine, sine
         return queries, keys
 
-    def write(self, index, start, tokens, dq, dk):
-        source, heads = self.source, slice(*self.run)
-        number = source.numbers[self.run]
-        if start + tokens == self.span[2]:
-            dk[:, -source.rank :] += source.gk_last[self.place, :, heads].swapaxes(0, 1)
+    def _last_rows(self, step):
+        """For the pieces that are their sequence's last: sequences (e,), pieces (e, 1), rows (e, R) of last tokens."""
+        rank, ending = self.source.rank, step.ending
+        rows = (step.places[ending, 2, None] - 1) * rank + np.arange(rank)
+        return np.arange(len(self.source.k_last))[step.members][ending], ending[:, None], rows
+
+    def write(self, step, dq, dk):
+        source, task = self.source, self.task
+        number = task.run_number
+        if len(step.ending):
+            numbers, pieces, rows = self._last_rows(step)
+            dk[pieces, :, rows] += source.gk_last[numbers, :, task.heads]
+        gtheta = source.gtheta[step.members, task.heads]
         source.unrotate(
-            dq, dk, *self.now, source.rate, source.dt, self.span[0], start, self.run[0], tokens, *source.options,
-            source.gtheta[self.place, heads], source.partials[0][number], source.partials[1][number],
-            source.gbiases[0][self.place], source.gbiases[1][self.place],
+            dq, dk, *self.now, source.rate, source.dt, step.places, task.run[0], *source.options,
+            gtheta, source.partials[0][number], source.partials[1][number],
+            source.gbiases[0][task.number], source.gbiases[1][task.number],
             source.grate[number if len(source.grate) > 1 else 0], source.gdt,
         )  # fmt: skip
+        source.gtheta[step.members, task.heads] = gtheta
 
 
 def _weights(dt, a, trap, spans):
@@ -166,8 +173,8 @@ def _weights(dt, a, trap, spans):
     gain = gamma.copy()
     gain[:, :-1] += behind[:, 1:]
     if len(spans) > 1 and len(dt) == 1:
-        ends = [stop - 1 for _, start, stop in spans if start < stop]
-        gain[0, ends] = gamma[0, ends]
+        _, b, _, final = _ends(spans)
+        gain[b, final] = gamma[b, final]
     return a * dt, gain, gamma, behind, mix
 
 
@@ -176,12 +183,19 @@ def _spread(v, psi):
     return np.ascontiguousarray(v[..., None, :, :] * psi.swapaxes(0, 1))
 
 
+def _ends(spans):
+    """Of the sequences that have tokens: their numbers, rows of the batch, first and last tokens."""
+    table = np.array(spans, np.int64).reshape(-1, 3)
+    real = np.flatnonzero(table[:, 1] < table[:, 2])
+    b, first, stop = table[real].T
+    return real, b, first, stop - 1
+
+
 def _firsts(x, spans):
     """x (B, L, H) at the first token of each sequence; 0 for one without tokens."""
     picked = np.zeros((len(spans), x.shape[2]), x.dtype)
-    for place, (b, start, stop) in enumerate(spans):
-        if start < stop:
-            picked[place] = x[b, start]
+    real, b, first, _ = _ends(spans)
+    picked[real] = x[b, first]
     return picked
 
 
@@ -214,7 +228,8 @@ def _trapezoidal_scan_forward(
     log_decay, gain, gamma, behind, mix = _weights(dt, a, trap, spans)
     rate = turns if radians else (np.pi * np.tanh(turns)).astype(q.dtype, copy=False)
     source = _Rotated(q, k, q_bias, k_bias, rate, dt, rotary == "half", bool(radians), state[0], spans)
-    values = v if given[10] is None and rank == 1 else _spread(v, psi)
+    plain = given[10] is None and rank == 1
+    values = v if plain else _spread(v, psi)
     values = values.reshape(batch, length * rank, heads, width)
     entering = state[1]
     if k_prev is not None and v_prev is not None:
@@ -222,21 +237,21 @@ def _trapezoidal_scan_forward(
         call = trapezoid.previous_token.sized(4 * entering.size)
         call(state[1], _firsts(behind, spans), state[2], _spread(state[3], psi), entering)
     scanned = (values, log_decay, gain, gamma, skip)
-    y, last, stored = scan(source, *scanned, entering, spans, chunk)
+    y, last, kept = scan(source, *scanned, entering, spans, chunk)
     v_last = state[3].copy()
-    for place, (b, start, stop) in enumerate(spans):
-        if start < stop:
-            v_last[place] = v[b, stop - 1]
-        else:
-            source.k_last[place], last[place] = state[2][place], state[1][place]
+    real, b, _, final = _ends(spans)
+    v_last[real] = v[b, final]
+    if len(real) < len(spans):
+        nothing = np.setdiff1d(np.arange(len(spans)), real)
+        source.k_last[nothing], last[nothing] = state[2][nothing], state[1][nothing]
     y = y.reshape(batch, length, rank, heads, width)
     outputs = y, source.theta, last.swapaxes(2, 3), source.k_last, v_last
-    saved = (inputs, state, spans, bool(radians), chunk, source, scanned, behind, mix, stored, angles.ndim)
+    saved = (inputs, state, spans, bool(radians), source, scanned, behind, mix, kept, plain, angles.ndim)
     return outputs, saved
 
 
 def _trapezoidal_scan_vjp(grad, saved, needs):
-    inputs, state, spans, radians, chunk, source, scanned, behind, mix, stored, angles_ndim = saved
+    inputs, state, spans, radians, source, scanned, behind, mix, kept, plain, angles_ndim = saved
     q, _, v, dt, a, _, _, _, _, _, psi = inputs
     values = scanned[0]
     batch, length, rank = q.shape[:3]
@@ -247,27 +262,28 @@ def _trapezoidal_scan_vjp(grad, saved, needs):
     gy = contiguous(gy, values.shape, q).reshape(values.shape)
     gh = contiguous(None if gh is None else gh.swapaxes(2, 3), state[1].shape, q)
     source.gtheta, source.gk_last = gtheta, gk_last  # what reaches the last state
-    gvalues, glog, ggain, ggamma, gskip, gstate = scan_gradient(source, *scanned, stored, spans, gy, gh, chunk)
+    gvalues, glog, ggain, ggamma, gskip, gstate = scan_gradient(source, *scanned, kept, gy, gh)
     gq, gk, gq_bias, gk_bias, grate, gdt = source.gradients()
 
     gvalues = gvalues.reshape(batch, length, rank, heads, width)
-    gv = np.einsum("blrhp,hrp->blhp", gvalues, psi)
-    gpsi = np.einsum("blrhp,blhp->hrp", gvalues, v)
-    firsts, spread = _firsts(behind, spans), _spread(state[3], psi)
-    gk_prev = firsts[:, None, :, None] * np.einsum("shnp,srhp->srhn", gstate, spread)
-    gspread = np.einsum("shnp,srhn->srhp", gstate, state[2])
-    gfirst = np.einsum("srhp,srhp->sh", gspread, spread)
-    gspread *= firsts[:, None, :, None]
-    gv_prev = np.einsum("srhp,hrp->shp", gspread, psi)
-    gpsi += np.einsum("srhp,shp->hrp", gspread, state[3])
+    gv = gvalues[:, :, 0] if plain else np.einsum("blrhp,hrp->blhp", gvalues, psi)
+    firsts, spread = _firsts(behind, spans), _spread(state[3], psi).swapaxes(1, 2)  # (S, H, R, P)
+    gk_prev = (firsts[:, :, None, None] * (spread @ gstate.swapaxes(2, 3))).swapaxes(1, 2)
+    gspread = state[2].swapaxes(1, 2) @ gstate
+    gfirst = np.einsum("shrp,shrp->sh", gspread, spread)
+    gspread *= firsts[:, :, None, None]
+    gv_prev = gspread[:, :, 0] if plain else np.einsum("shrp,hrp->shp", gspread, psi)
+    gpsi = None
+    if any(needs[10:11]):
+        gpsi = np.einsum("blrhp,blhp->hrp", gvalues, v) + np.einsum("shrp,shp->hrp", gspread, state[3])
     gbehind = np.zeros_like(behind)
     gbehind[:, 1:] = ggain[:, :-1]
-    for place, (b, start, stop) in enumerate(spans):
-        if start < stop:
-            gv[b, stop - 1] += gv_last[place]
-            gbehind[b, start] = gfirst[place]
-        else:
-            gk_prev[place], gv_prev[place] = gk_last[place], gv_last[place]
+    real, b, first, final = _ends(spans)
+    gv[b, final] += gv_last[real]
+    gbehind[b, first] = gfirst[real]
+    if len(real) < len(spans):
+        nothing = np.setdiff1d(np.arange(len(spans)), real)
+        gk_prev[nothing], gv_prev[nothing] = gk_last[nothing], gv_last[nothing]
     ggamma += ggain
     gdt += a * glog + mix * ggamma + (1 - mix) * gbehind
     gtrap = dt * (ggamma - gbehind) * mix * (1 - mix)
