@@ -92,6 +92,22 @@ def test_a_worker_that_fell_asleep_is_woken(woken):
     assert woken
 
 
+def test_a_small_kernel_wakes_a_worker_only_for_a_dense_row_of_them(monkeypatch):
+    x, out, asked, run = np.arange(50.0), np.zeros(50), [], threads.run
+    monkeypatch.setattr(threads, "run", lambda jobs: (asked.append(len(jobs)), run(jobs))[1])
+    monkeypatch.setattr(jit, "DENSE", 0.01)
+    count.in_parts(2)(x, out)  # from here on its address is known
+    asked.clear()
+    for _ in range(5):
+        time.sleep(0.02)
+        count.in_parts(2, small=True)(x, out)
+    assert set(asked) == {1}
+    monkeypatch.setattr(jit, "DENSE", 10)
+    count.in_parts(2, small=True)(x, out)
+    assert asked[-1] == 2
+    np.testing.assert_array_equal(out, 7 * x)
+
+
 def test_callers_at_the_same_time_share_the_workers():
     x, outs = np.arange(200.0), [np.zeros(200) for _ in range(4)]
 
