@@ -4,8 +4,8 @@ Largest errors over every float32 between 2**-30 and 128 in size, both signs, an
 measures them again, in minutes).  An ulp is that of the exact result, from 1.2e-38 up.  A derivative passes
 through zero, where no relative error can be bounded: there an ulp is at least that of 1/8.
 
-    log 2.0   softplus 2.9   sigmoid 2.8   silu 3.7   tanh 2.7   erf 1.0   gelu 6.2   gelu_tanh 233 (at values below
-    1e-30; 40 above -5)   derivatives: silu 3.1   gelu 6.9   gelu_tanh 6.6
+    log 2.0   softplus 2.9   sigmoid 2.8   silu 3.7   tanh 2.7   erf 1.0   gelu 7.2   gelu_tanh 233 (at values below
+    1e-30; 40 above -5)   derivatives: silu 3.1   gelu 5.2   gelu_tanh 6.6
 """
 
 import math
@@ -132,7 +132,7 @@ def test_nan_stays_nan_everywhere():
 WHOLE = (log, softplus, sigmoid, silu, silu_slope, tanh, erf, gelu, gelu_slope, gelu_tanh, gelu_tanh_slope)
 WHOLE_NAMES = [function.__name__ for function in WHOLE]
 SLOPES = [name.endswith("slope") for name in WHOLE_NAMES]
-ULP = dict(zip(WHOLE_NAMES, (2, 3, 3, 4, 4, 3, 2, 7, 8, None, None)))
+ULP = dict(zip(WHOLE_NAMES, (2, 3, 3, 4, 4, 3, 2, 8, 6, None, None)))
 
 
 def _whole_numpy(x, out):

@@ -51,13 +51,18 @@ G4, G5, G6 = np.float32(-3.88396438e-3), np.float32(-1.28717512e-1), np.float32(
 G7 = np.float32(-1.06777877e-1)
 ERF_SMALL = np.float32(0.927734375)
 
-# Mills' ratio, Φ(-t) e^(t²/2) = u Σ M_i (u - M)^i with u = 1/(1 + M_RATE t), for t in [0, 15]
-M_RATE, M, M_END = np.float32(0.45), np.float32(0.5645161), np.float32(15)
-M0, M1, M2 = np.float32(0.3329181969165802), np.float32(0.358486533164978), np.float32(0.11190009117126465)
-M3, M4, M5 = np.float32(-0.11993631720542908), np.float32(-0.0415264852344989), np.float32(0.0858234241604805)
-M6, M7 = np.float32(-0.011565701104700565), np.float32(-0.058944642543792725)
-M8, M9 = np.float32(0.03156067803502083), np.float32(0.023161759600043297)
-DENSITY = np.float32(1 / math.sqrt(2 * math.pi))
+# With t² = s - 2n log 2: the normal density φ(t) = 2^n H(s) N_SLOPE, and Mills' ratio Φ(-t) / φ(t) =
+# M(t) / Q(t) / N_SLOPE for t in [0, N_END]; N_SLOPE comes of M and Q beginning with 1, which saves two products.
+N_END = np.float32(14.5)  # t Φ(-t) is zero from here on
+N_RATE, N_ROUND = np.float32(-0.5 * 1.4426950408889634), np.float32(12582912.0 + 64)
+N_HIGH, N_LOW = np.float32(2 * 0.693359375), np.float32(2 * -2.12194440e-4)
+N_SLOPE = np.float32(0.9999882132)
+H0, H1, H2 = np.float32(0.3989469707), np.float32(-0.1994735003), np.float32(0.04986834526)
+H3, H4 = np.float32(-0.008311269805), np.float32(0.001039115246)
+H5, H6 = np.float32(-0.0001044193486), np.float32(8.395290024e-06)
+M0, M1, M2, M3 = np.float32(121.6904831), np.float32(106.6239166), np.float32(44.55970764), np.float32(9.877098083)
+Q0, Q1, Q2 = np.float32(97.09609985), np.float32(162.5460968), np.float32(116.6984406)
+Q3, Q4 = np.float32(45.54558945), np.float32(9.877846718)
 
 G_RATE, G_CUBIC = np.float32(2 * math.sqrt(2 / math.pi)), np.float32(0.044715)
 G_END = np.float32(11)  # the tanh form is x or 0 to the last bit from here on
@@ -319,11 +324,13 @@ def _gelu_wide(x):
 
 @device.narrow(wide=_gelu_wide)
 def gelu(x):
-    """``x Φ(x)``; at most 7 ulp, the left tail included.  gelu(-inf) = -0.0."""
+    """``x Φ(x)``, as max(x, 0) - |x| Φ(-|x|); at most 8 ulp, the left tail included.  gelu(-inf) = -0.0."""
     t = abs(x)
-    t = M_END if t > M_END else t
+    t = N_END if t > N_END else t
     up, mills = _normal_tail(t)
-    return x * (ONE - up * DOWN * mills) if x >= ZERO else -(t * mills * up) * DOWN
+    bits = np.float32(x).view(np.int32)
+    right = np.int32(bits & (~(bits >> np.int32(31)) | SIGN)).view(np.float32)  # x, or -0.0 where it is negative
+    return right - (up * (t * mills)) * DOWN
 
 
 def _gelu_slope_wide(x):
@@ -336,21 +343,30 @@ def _gelu_slope_wide(x):
 def gelu_slope(x):
     """Derivative of :func:`gelu`, Φ(x) + x φ(x); 1 and -0.0 at the infinities."""
     t = abs(x)
-    t = M_END if t > M_END else t
+    t = N_END if t > N_END else t
     up, mills = _normal_tail(t)
-    part = mills - t * DENSITY
-    return ONE - up * DOWN * part if x >= ZERO else up * part * DOWN
+    left = (up * (mills - t * N_SLOPE)) * DOWN
+    return ONE - left if x >= ZERO else left
 
 
 @device
 def _normal_tail(t):
-    """(2**64 e**(-t²/2), Φ(-t) e**(t²/2)) for t in [0, 15], float32."""
-    upper = np.int32(np.float32(t).view(np.int32) & UPPER).view(np.float32)  # its square is exact
-    up = _exp_up(-HALF * upper * upper, -HALF * (t - upper) * (t + upper))
-    u = ONE / (ONE + M_RATE * t)
-    v = u - M
-    tail = M4 + v * (M5 + v * (M6 + v * (M7 + v * (M8 + v * M9))))
-    return up, u * (M0 + v * (M1 + v * (M2 + v * (M3 + v * tail))))
+    """(2**64 φ(t) / N_SLOPE, Φ(-t) / φ(t) N_SLOPE) for t in [0, N_END], float32.
+
+    t² is split into the square of its upper bits, which is exact, and the rest.  Some fifty cycles pass from t to
+    the result, and those under way at once are limited: the loop is as fast as this chain is short.
+    """
+    upper = np.int32(np.float32(t).view(np.int32) & UPPER).view(np.float32)
+    square = upper * upper
+    shifted = square * N_RATE + N_ROUND
+    n = shifted - N_ROUND
+    s = ((square + n * N_HIGH) + n * N_LOW) + (t - upper) * (t + upper)
+    z = s * s
+    e = (H0 + s * H1) + z * ((H2 + s * H3) + z * (H4 + s * (H5 + s * H6)))
+    up = np.int32(np.float32(e).view(np.int32) + np.int32(np.float32(shifted).view(np.int32) << np.int32(23)))
+    p = M0 + t * (M1 + t * (M2 + t * (M3 + t)))
+    q = Q0 + t * (Q1 + t * (Q2 + t * (Q3 + t * (Q4 + t))))
+    return np.int32(up).view(np.float32), p / q
 
 
 def _gelu_tanh_wide(x):
