@@ -154,3 +154,14 @@ def test_a_decoder_that_looks_is_shown_the_pictures_it_writes_about(model, rows)
         look.attention.out_proj.weight.data[:] = np.eye(64)
     bare, seen = (decoder.write(looking, rows[:3], predicted[:3], part) for part in (None, features))
     assert bare == looking.y_decoder.write(predicted[:3]) and bare != seen
+
+
+def test_a_lesson_cuts_captions_short_and_ever_later(model, rows):
+    predicted = model.encode_answers([jepa.target(row) for row in rows]).data
+    whole, taught = (decoder.AnswerBatches(model, rows, predicted, 8, lesson=lesson) for lesson in (0, 20))
+    for step in range(24):
+        ids, cut = (batches.batch(step)["captions"]["tokens"] for batches in (whole, taught))
+        limit = {0: 25, 10: 25, 15: 25 + (160 - 25) // 2 + 1}.get(step, 160 if step >= 20 else ids.shape[1])
+        assert cut.shape[1] <= limit and (step < 20 or cut.shape == ids.shape)
+        np.testing.assert_array_equal(cut, ids[:, : cut.shape[1]])
+    assert taught.batch(0)["captions"]["tokens"].shape[1] == 25

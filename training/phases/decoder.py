@@ -19,6 +19,8 @@ from xuracore import no_grad
 from xuracore.config import require
 from xuravljepa.tokenizer import PAD
 
+SHORT = 25  # tokens of a caption in the first half of the lesson: BOS and about four words
+
 
 @no_grad()
 def predict(model, rows, features, batch_size=None, tool=False):
@@ -50,10 +52,11 @@ class AnswerBatches:
     A pure function of (seed, step).  Where there are both, captions are half a batch.  Rows whose predicted answer
     is wrong teach nothing about wording and are left out.   ranks : those that share each batch; this one gives its
     part of it, and "weight", by which its mean over tokens counts in the mean over the ranks.   features : a
-    FeatureStore over the rows, for a decoder that looks.
+    FeatureStore over the rows, for a decoder that looks.   lesson : batches in which captions are cut short, so that
+    the decoder first learns to begin: what comes first is the hardest to find, and the cheapest to practise.
     """
 
-    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05, ranks=ALONE, features=None):
+    def __init__(self, model, rows, predicted, batch_size, seed=0, noise=0.05, ranks=ALONE, features=None, lesson=0):
         texts = sorted({target(row) for row in rows})
         self._place = {text: i for i, text in enumerate(texts)}
         self._targets = _encoded(model, texts)
@@ -64,6 +67,7 @@ class AnswerBatches:
                  if known[(self._targets[known] @ predicted[i]).argmax()] == self._place[rows[i].answer]]
         self._predicted, self._rows, self._noise, self._seed = predicted, rows, noise, seed
         self._tokens, self._ranks, self._model, self._features = model.y_decoder.tokens, ranks, model, features
+        self._lesson = lesson
         written = batch_size // 2 if right else batch_size
         self._captions = RowBatches(captions, written, seed + 1) if captions else None
         answered = batch_size - written if captions else batch_size
@@ -76,10 +80,18 @@ class AnswerBatches:
 
     def batch(self, step):
         rng = generator(self._seed, 2, step)
-        return {name: part and self._mixed(part.rows_of(step), rng, name == "captions" or step % 2)
-                for name, part in (("answers", self._answers), ("captions", self._captions))}
+        return {name: part and self._mixed(part.rows_of(step), rng, looking, length)
+                for name, part, looking, length in (("answers", self._answers, step % 2, None),
+                                                    ("captions", self._captions, True, self._length(step)))}
 
-    def _mixed(self, chosen, rng, looking):
+    def _length(self, step):
+        """Tokens of a caption at most: few for half of the lesson, then ever more; None after it."""
+        if step >= self._lesson:
+            return None
+        limit, share = self._model.config.decoder.max_length, max(0.0, 2 * step / self._lesson - 1)
+        return min(limit, SHORT) + round(share * max(0, limit - SHORT))
+
+    def _mixed(self, chosen, rng, looking, length):
         texts = [target(self._rows[i]) for i in chosen]
         predicted = self._predicted[chosen]
         meant = self._targets[[self._place[text] for text in texts]]
@@ -87,7 +99,7 @@ class AnswerBatches:
         noise = rng.standard_normal(predicted.shape) * (self._noise / np.sqrt(predicted.shape[1]))
         mixed = share * meant + (1 - share) * predicted + noise
         mixed /= np.linalg.norm(mixed, axis=1, keepdims=True)
-        own, tokens = self._ranks.part(len(chosen)), self._tokens(texts)
+        own, tokens = self._ranks.part(len(chosen)), self._tokens(texts)[:, :length]
         foretold = np.count_nonzero(tokens[:, 1:] != PAD, axis=1)
         weight = self._ranks.size * foretold[own].sum() / foretold.sum()
         rows = [self._rows[i] for i in np.asarray(chosen)[own]]

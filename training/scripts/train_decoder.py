@@ -27,7 +27,6 @@ examples:
   python training/scripts/train_decoder.py --model runs/jepa/model --scenes 600 --steps 1000
 """
 WHOLE = ("caption", "caption_down")
-LOOK_RATE = 3.0  # times the others': to tell which of two is further left, an attention has to become very sharp
 
 
 @parallel.together
@@ -41,6 +40,8 @@ def main(argv=None):
                         "holds captions, which the decoder then learns to write")
     parser.add_argument("--caption-scenes", type=options.positive, default=0, metavar="N",
                         help="whole captions of so many generated scenes more (default 0, with --wordings wide)")
+    parser.add_argument("--lesson", type=int, default=0, metavar="BATCHES", help="begin with so many batches in which "
+                        "captions are cut short, ever later (default 0)")
     parser.add_argument("--blind", action="store_true", help="a decoder that does not look at the picture stays so: "
                         "it is smaller, and writes from the embedding alone")
     parser.add_argument("--label-smoothing", type=float, default=0.0)
@@ -71,7 +72,7 @@ def main(argv=None):
     predict = parallel.shared(lambda rows: decoder.predict(model, rows, features, tool=True), args._ranks)
     predicted = predict(train_rows)
     batches = decoder.AnswerBatches(model, train_rows, predicted, options.whole_batch(args), args.seed,
-                                    ranks=args._ranks, features=features)
+                                    ranks=args._ranks, features=features, lesson=args.lesson)
     model.requires_grad_(False)
     model.y_decoder.requires_grad_()
     options.say(args, f"phase 2: {model.parameter_count(trainable_only=True):,} trained parameters")
@@ -93,10 +94,9 @@ def main(argv=None):
         return {"exact_match": free, "constrained": constrained, "nearest_answer": sum(nearest) / len(nearest),
                 **{f"{kind}_{name}": value for kind, found in captions.items() for name, value in found.items()}}
 
-    looks = ("looks", "look_proj", "look_position") if model.config.decoder.look_dim else ()
     result, trainer = options.train(
         model, lambda m, b, rng: decoder.loss_function(m, b, rng, args.label_smoothing), batches, args,
-        lr_scales={f"y_decoder.{name}": LOOK_RATE for name in looks}, evaluate=evaluate,
+        evaluate=evaluate,
         describe={"phase": 2, "model": model.config.to_dict(), "rows": len(train_rows),
                   "batch_size": options.whole_batch(args),
                   "data_seed": args.data_seed},
