@@ -140,7 +140,7 @@ def _tiles(measured):
         add(measured["classes"]["top1"], "classified by name")
     if "retrieval" in measured:
         add(measured["retrieval"]["to_caption"]["recall_at_1"], "captions found first")
-    if "doubt" in measured:
+    if "all" in measured.get("doubt", ()):
         add(None, "AUROC of its doubt", f"max-softmax {measured['doubt']['all']['max_softmax']['auroc']:.3f}",
             f"{measured['doubt']['all']['monitor']['auroc']:.3f}")
     return f'<div class="tiles">{"".join(found)}</div>' if found else ""
@@ -359,7 +359,9 @@ def _health(found):
 def _doubt(found):
     rows = []
     for name, title in (("all", "all questions"), ("plain", "about the picture"), ("tool", "that need a tool")):
-        part = found[name]
+        part = found.get(name)
+        if part is None:  # nothing there is wrong, or nothing right
+            continue
         for judge, who in (("monitor", "monitor"), ("max_softmax", "largest softmax")):
             values = part[judge]
             rows.append([f"{title}<small>{who}</small>", f"{100 * part['wrong']:.1f}", f"{values['auroc']:.3f}",
@@ -367,8 +369,8 @@ def _doubt(found):
     heads = ["questions", "wrong, %", "AUROC", "calibration error", "answered at 1 % risk, %"]
     strange = 100 * found["strange_pictures_called_unsure"]
     return _section("Knowing when it is wrong", _table(heads, rows),
-                    f"{found['questions']:,} questions. Of 200 pictures that are no scenes, {strange:.1f} % are "
-                    f"called unsure.")
+                    f"{found['questions']:,} questions, {100 * found['wrong']:.1f} % answered wrongly. Of 200 strange "
+                    f"pictures, {strange:.1f} % are called unsure.")
 
 
 def _tools(found):

@@ -1,6 +1,7 @@
 """Phase 3 learns from people's own held-out questions, with the tools that their rows name or with none."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from training.data.manifest import Sample
 from training.phases import agent, agent_own, jepa, monitor
-from training.scripts import train_agent, train_decoder, train_jepa
+from training.scripts import evaluate, train_agent, train_decoder, train_jepa
 from xuracore import io
 from xuracore.errors import ConfigError
 from xuravljepa.agent.agent import Agent
@@ -73,6 +74,13 @@ def test_without_tools_the_agent_doubts_and_calls_nothing(places, tmp_path, caps
     assert reply.answer and 0 < reply.confidence < 1 and not reply.tool_calls
     assert agent.ask(None, "what shade is it?").unsure  # in words that nobody taught
     assert len(list((tmp_path / "cache").iterdir())) == 1
+    wanted = ["--model", str(tmp_path / "run" / "model"), "--data-dir", plain, "--only", "doubt", "--split", "all"]
+    assert evaluate.main([*wanted, "--html", str(tmp_path / "e.html"), "--json", str(tmp_path / "e.json")]) == 0
+    doubt = io.load_json(tmp_path / "e.json")["doubt"]
+    assert doubt["questions"] == 120 and 0 <= doubt["all"]["monitor"]["auroc"] <= 1 and "tool" not in doubt
+    assert re.search(r"120 questions, [\d.]+ % answered wrongly", (tmp_path / "e.html").read_text())
+    with pytest.raises(ConfigError, match="needs generated tool questions"):
+        evaluate.main([*wanted[:-3], "tools"])
 
 
 def test_rows_that_name_a_tool_teach_to_call_it(places, tmp_path, capsys):

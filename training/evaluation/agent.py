@@ -1,6 +1,7 @@
 """The agent on generated scenes: doubt beside max-softmax, tools beside their controls, and taking in what they say.
 
 Everything here is measured on splits that no training touched: ``test`` scenes and tool keys of the pool ``test``.
+Doubt is also measured on questions of one's own.
 """
 
 import dataclasses
@@ -17,17 +18,24 @@ from xuravljepa.agent.recursion import RecursionConfig
 from xuravljepa.agent.tools import Usefulness
 
 
-def doubt_report(model, heads, scenes=500, seed=0):
-    """The monitor on test scenes and test keys: AUROC, ECE, coverage at risks, beside max-softmax."""
-    plain = Dataset.scenes("test", scenes, seed).rows
-    plain = plain[:: max(1, len(plain) // (6 * scenes))]
-    rows = [*plain, *Dataset.tools("test", scenes, seed, pools=("known", "test")).rows]
-    found = judging.gather_readings(model, heads, rows, inject=False)
+def doubt_report(model, heads, scenes=500, seed=0, rows=None, report=None):
+    """The monitor on test scenes and test keys, or on ``rows``: AUROC, ECE, coverage at risks, beside max-softmax.
+
+    {"questions", "wrong", …} with a part for all questions, those about the picture, and those that need a tool; none
+    where nothing is right, or nothing wrong, or it would say the same again.
+    """
+    if rows is None:
+        plain = Dataset.scenes("test", scenes, seed).rows
+        plain = plain[:: max(1, len(plain) // (6 * scenes))]
+        rows = [*plain, *Dataset.tools("test", scenes, seed, pools=("known", "test")).rows]
+    found = judging.gather_readings(model, heads, rows, inject=False, report=report)
     wrong, p = found["wrong"], heads.monitor.p_wrong(found["features"])
     tool = np.array([rows[i].tool is not None for i in found["row"]])
     result = {"questions": len(rows), "wrong": float(wrong.mean())}
     for name, chosen in (("all", slice(None)), ("plain", ~tool), ("tool", tool)):
         right = 1 - wrong[chosen]
+        if not 0 < right.sum() < len(right) or name == "plain" and not tool.any():
+            continue
         result[name] = {"wrong": float(wrong[chosen].mean())}
         for judge, doubt in (("monitor", p[chosen]), ("max_softmax", 1 - found["top"][chosen])):
             result[name][judge] = {
@@ -35,7 +43,7 @@ def doubt_report(model, heads, scenes=500, seed=0):
                 "ece": metrics.expected_calibration_error(np.clip(1 - doubt, 0, 1), right),
                 "coverage_at_1_percent_risk": metrics.coverage_at_risk(1 - doubt, right, 0.01),
             }
-    strange = judging.strange_readings(model, heads, plain, 200, seed + 1)
+    strange = judging.strange_readings(model, heads, rows, 200, seed + 1)
     result["strange_pictures_called_unsure"] = float(
         (heads.monitor.p_wrong(strange) > heads.config.abstain_above).mean())
     return result

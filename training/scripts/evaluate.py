@@ -179,11 +179,14 @@ def caption_readings(model, rows, features, query):
     return read(model, [replace(row, answer=row.caption, answers=(row.caption,)) for row in rows], features)
 
 
-def measure_agent(args, agent, wanted, features):
-    """{job: report} of the jobs on tool questions."""
+def measure_agent(args, agent, wanted, rows):
+    """{job: report} of the jobs on what the agent adds.   rows : of one's own, or None."""
     result, seed = {}, args.data_seed
     if "doubt" in wanted:
-        result["doubt"] = agent_reports.doubt_report(agent.model, agent.heads, args.scenes, seed)
+        result["doubt"] = agent_reports.doubt_report(agent.model, agent.heads, args.scenes, seed, rows,
+                                                     options.counter(args, "questions doubted"))
+    if rows is not None:
+        return result
     if len(agent.tools) and "tools" in wanted:
         result["tools"] = agent_reports.tool_report(agent, max(args.scenes // 2, 1), seed,
                                                     options.counter(args, "tool questions asked"))
@@ -209,7 +212,7 @@ def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.threads:
         set_num_threads(args.threads)
-    jobs = MODEL_JOBS if args.data_dir else (*MODEL_JOBS, *AGENT_JOBS)
+    jobs = (*MODEL_JOBS, *AGENT_JOBS[: 1 if args.data_dir else None])
     wanted = ["answers" if job == "scenes" else job for job in args.only] if args.only else jobs
     foreign = [job for job in wanted if job not in jobs]
     if foreign:
@@ -231,7 +234,7 @@ def main(argv=None):
         found, said = measure_model(args, agent, chosen, wanted, features)
     result = {"about": about(args, argv, chosen), **found}
     if agent.trained and set(wanted) & set(AGENT_JOBS):
-        result.update(measure_agent(args, agent, wanted, features))
+        result.update(measure_agent(args, agent, wanted, list(chosen.rows) if args.data_dir else None))
     if chosen.bad is not None and chosen.bad.count:
         arguments.report_bad(chosen.bad, Path(args.json).parent if args.json else None, args.quiet)
     print(tables.text(result))
