@@ -86,7 +86,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.threads:
         set_num_threads(args.threads)
-    root, minutes = Path(args.output_dir), {}
+    root = Path(args.output_dir)
+    minutes = io.load_json(root / "minutes.json") if args.resume and (root / "minutes.json").exists() else {}
     for name, script, arguments in phases(root, args.seed):
         if args.resume and finished(root / name):
             print(f"{name}: finished before", file=sys.stderr)
@@ -94,7 +95,8 @@ def main(argv=None):
         started = time.monotonic()
         extra = ["--resume"] if args.resume else ["--overwrite"]
         code = script([*arguments, "--output-dir", str(root / name), *extra])
-        minutes[name] = round((time.monotonic() - started) / 60, 1)
+        minutes[name] = round(minutes.get(name, 0) + (time.monotonic() - started) / 60, 1)
+        io.save_json(root / "minutes.json", minutes)
         if code:
             return code
     (root / "model").mkdir(exist_ok=True)
