@@ -37,7 +37,7 @@ class DecoderConfig(Config):
     headdim: int = 32
     vocab_size: int = 264
     prefix_length: int = 8
-    max_length: int = 128
+    max_length: int = 256
     embed_dim: int = 1536
     norm_eps: float = 1e-5
     look_dim: int = 0  # width of the picture's tokens that the layers look at, the predictor's; 0: they cannot

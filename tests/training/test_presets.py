@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 
 from training import optim, options
+from training.data.captions import TEMPLATES
 from training.data.dataset import Dataset
 from training.phases import jepa
 from training.phases.common import FeatureStore
 from training.phases.objective import Objective, ObjectiveConfig, Training
 from training.scripts import train_jepa
 from xuravljepa.model import VLJEPA
-from xuravljepa.presets import VLJEPAConfig
+from xuravljepa.presets import PRESETS, VLJEPAConfig
 
 
 def shorter(name, image_size=32):
@@ -39,6 +40,14 @@ def test_a_larger_preset_learns_a_batch(name):
         training.after_step()
         losses.append(loss.item())
     assert np.isfinite(losses).all() and losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_has_room_for_what_is_generated(name):
+    config = VLJEPAConfig.preset(name)
+    rows = Dataset.captions("train", 300, types=tuple(TEMPLATES), templates="wide").rows
+    longest = max(len(row.caption.encode()) for row in rows)
+    assert longest <= min(config.decoder.max_length - 2, config.text.max_length - 1)
 
 
 def test_a_larger_preset_has_a_batch_and_a_rate_of_its_own(threads_of_its_own):

@@ -82,8 +82,10 @@ def leave_out_long(model, bad, *parts):
 
 def _fits(model, row, bad):
     try:
+        text = row.caption if row.answer is None else row.answer
         model.query_tokens([row.query or CAPTION_QUERY])
-        model.y_encoder.tokens([row.caption if row.answer is None else row.answer])
+        model.y_encoder.tokens([text])
+        model.y_decoder.tokens([text])
     except (ShapeError, DTypeError) as error:
         bad.add(*(row.origin or (row.image, None)), error)
         return False
