@@ -42,17 +42,14 @@ def _gemv():
 
 def _mamba1(batch=1, width=8, inner=32, size=2, rank=1, tasks=1):
     """Arguments of mamba1_project and of mamba1_scan."""
-    mixed = rank + 2 * size
     gate, u = _single(batch, inner), _single(batch, inner)
     project = (
         _single(batch, width), _single(width), 1e-5, _single(2 * inner, width), _NO_SCALES, _single(2 * inner),
-        _single(inner, 4), _single(inner), _single(mixed, inner), _NO_SCALES, _single(batch, 3, inner),
-        _single(batch, 3, inner), gate, u, _single(tasks, batch, mixed),
+        _single(inner, 4), _single(inner), _single(batch, 3, inner), gate, u, tasks,
     )  # fmt: skip
     scan = (
-        _single(tasks, batch, mixed), -1.0, _single(inner, rank), _NO_SCALES, _single(inner), _single(inner, size),
-        _single(inner), _single(width, inner), _NO_SCALES, gate, u, _single(batch, inner, size),
-        _single(batch, inner, size), _single(tasks, batch, width),
+        _single(batch, rank + 2 * size), -1.0, _single(inner, rank), _NO_SCALES, _single(inner), _single(inner, size),
+        _single(inner), gate, u, _single(batch, inner, size), tasks,
     )  # fmt: skip
     return project, scan
 
@@ -66,24 +63,23 @@ def _mamba2(batch=1, width=8, heads=2, headdim=16, size=4, tasks=1):
     project = (
         _single(batch, width), _single(width), 1e-5, _single(rows, width), _NO_SCALES, _single(rows),
         _single(channels, 4), _single(channels), _single(heads), 0.0, 1.0, _single(batch, 3, channels),
-        _single(batch, 3, channels), gate, u, steps, tasks,
+        gate, u, steps, tasks,
     )  # fmt: skip
-    states = [_single(batch, heads, headdim, size) for _ in range(2)]
     scan = (
-        u, steps, _single(heads), _single(heads, 1), 1, 0, gate, _single(inner), _single(width, inner), _NO_SCALES,
-        *states, _single(batch, inner), _single(tasks, batch), _single(tasks, batch, width),
+        u, steps, _single(heads), _single(heads, 1), 1, 0, gate, _single(inner),
+        _single(batch, heads, headdim, size), _single(batch, inner), _single(tasks, batch),
     )  # fmt: skip
     return project, scan
 
 
-def _finish():
-    return _single(1, 8), _single(8), _single(1, 1, 8), _single(1, 1), 1, 8, 1e-5
+def _residual():
+    return _single(1, 8), _single(1, 32), _single(1, 1), 1, 32, 1e-5, _single(8, 32), _NO_SCALES, _single(8), 1
 
 
 SAMPLES = {  # of kernels that no op calls
     "adamw_update": _adamw, "sum_of_squares": _sum_of_squares, "gemv": _gemv,
     "mamba1_project": lambda: _mamba1()[0], "mamba1_scan": lambda: _mamba1()[1],
-    "mamba2_project": lambda: _mamba2()[0], "mamba2_scan": lambda: _mamba2()[1], "finish": _finish,
+    "mamba2_project": lambda: _mamba2()[0], "mamba2_scan": lambda: _mamba2()[1], "residual": _residual,
 }  # fmt: skip
 
 

@@ -1,22 +1,28 @@
 """One token at a time without the tape: each layer is two kernels that read every weight once.
 
-The numbers are those of ``model(token_ids, state)`` within float32 rounding, the states are the same
-named tuples.  Layers that have no such kernel (other mixers, MLPs, other sizes) are called as they are.
+The numbers are those of ``model(token_ids, state)`` within float32 rounding.  All kernels of a token, from the
+first layer to the logits, are one program (:mod:`xuracore.program`), which works on the state where it lies.
+Layers that have no such kernel (MLPs, some sizes and options) are called as they are.
 """
 
 from dataclasses import MISSING, fields
+from functools import partial
 
 import numpy as np
 
 from xuracore import allocator, nn
+from xuracore.errors import ShapeError
 from xuracore.kernels import decode as kernels
 from xuracore.kernels.gemv import PANEL, gemv
+from xuracore.kernels.norm import rms_norm_forward
 from xuracore.nn.quantized import QuantizedEmbedding, QuantizedLinear
+from xuracore.program import Program
 from xuracore.tensor import Tensor
-from xuramamba.mamba1 import Mamba1, Mamba1State
-from xuramamba.mamba2 import Mamba2, Mamba2State
+from xuramamba.mamba1 import Mamba1
+from xuramamba.mamba2 import Mamba2
+from xuramamba.state import leaves, map_state
 
-TASKS = 8  # of a layer, at most: enough for eight threads, few enough that partial sums are cheap
+TASKS = 8  # of a kernel, at most: enough for eight threads
 HEAD_TASKS = 16
 MAMBA1_FIELDS = {
     "d_model", "d_state", "d_conv", "expand", "dt_rank", "conv_bias", "bias", "dt_min", "dt_max", "dt_scale",
@@ -39,7 +45,7 @@ def decoder_of(model):
 
 
 class Decoder:
-    """``logits, state = decoder(token_ids, state)``: token_ids (B,), logits (B, padded_vocab_size) array.
+    """``session(state)`` goes on from a state.
 
     Refers to the arrays of the model's parameters; what training writes into them counts at once.
     """
@@ -47,9 +53,8 @@ class Decoder:
     def __init__(self, model):
         self.model = model
         self._arrays = [(parameter, parameter.data) for parameter in model.parameters()]
-        self._layers = [_layer_step(layer) for layer in model.backbone.layers]
-        head = model.backbone.embedding if model.config.tie_embeddings else model.lm_head
-        self._head = _matrix(head)
+        self.layers = [_layer_calls(layer) for layer in model.backbone.layers]
+        self.head = _matrix(model.backbone.embedding if model.config.tie_embeddings else model.lm_head)
         arrays = [array for array in model.state_dict().values() if isinstance(array, np.ndarray)]
         allocator.lay_on_huge_pages(arrays)
 
@@ -57,24 +62,74 @@ class Decoder:
         """Whether the model still consists of the arrays it had."""
         return all(parameter.data is array for parameter, array in self._arrays)
 
-    def __call__(self, token_ids, state, into=None):
-        """into : an earlier state that is no longer needed; its arrays may be overwritten."""
-        backbone, after = self.model.backbone, []
-        x = np.array(backbone.embedding(np.asarray(token_ids)).data)  # (B, D), changed by every layer
-        for i, (layer, step, past) in enumerate(zip(backbone.layers, self._layers, state)):
-            if step is None or past is None or x.dtype != np.float32:
-                y, new = layer(Tensor(x[:, None]), past)
-                x = np.ascontiguousarray(y.data[:, 0])
+    def session(self, state):
+        """A :class:`Session` from ``state`` on, which it copies."""
+        return Session(self, state)
+
+
+class Session:
+    """``logits = session.step(token_ids)``: token_ids (B,), logits (B, padded_vocab_size), valid until the next step.
+
+    state : after the tokens so far, also valid until the next step, which writes into its arrays.  A step that
+        is interrupted half way leaves it useless.
+    """
+
+    def __init__(self, decoder, state):
+        self.decoder, self.state = decoder, ()
+        backbone = decoder.model.backbone
+        batch = len(state[0][0].data)
+        self._x = np.array(backbone.embedding(np.zeros(batch, np.int64)).data)  # (B, D), changed by every layer
+        self._parts, calls, room = [], [], _Room()
+        narrow = self._x.dtype == np.float32
+        for i, (layer, calls_of, past) in enumerate(zip(backbone.layers, decoder.layers, state, strict=True)):
+            if narrow and calls_of is not None:
+                past = map_state(_copy_into, layer.mixer.initial_state(batch), past)
+                calls += calls_of(self._x, [part.data for part in past], room)
             else:
-                new = step(x, past, None if into is None else into[i])
-            after.append(new)
-        hidden = backbone.norm_f(Tensor(x))
-        if self._head is None or x.dtype != np.float32:
-            return self.model.logits(hidden).data, tuple(after)
-        weight, scales, bias = self._head
-        logits = np.empty((len(x), len(bias)), np.float32)
-        gemv.sized(weight.size * len(x))(weight, scales, bias, hidden.data, HEAD_TASKS, logits)
-        return logits, tuple(after)
+                self._parts += [Program(calls), partial(self._whole_layer, i, layer)]
+                calls = []
+            self.state += (past,)
+        allocator.lay_on_huge_pages([part.data for part in leaves(self.state)])
+        self._logits = None
+        if narrow and decoder.head is not None and isinstance(backbone.norm_f, nn.RMSNorm):
+            (weight, scales, bias), norm = decoder.head, backbone.norm_f
+            hidden, self._logits = room("hidden", batch, 1, self._x.shape[1]), room("logits", batch, len(bias))
+            scale = norm.weight.data.reshape(1, -1)
+            calls.append((rms_norm_forward, batch, (
+                self._x[:, None], scale, norm.eps, hidden, room("rstd", batch, 1))))  # fmt: skip
+            calls.append((gemv, HEAD_TASKS, (weight, scales, bias, hidden[:, 0], HEAD_TASKS, self._logits)))
+        self._parts.append(Program(calls))
+
+    def step(self, token_ids):
+        model = self.decoder.model
+        self._x[...] = model.backbone.embedding(np.asarray(token_ids)).data
+        for part in self._parts:
+            part()
+        if self._logits is not None:
+            return self._logits
+        return model.logits(model.backbone.norm_f(Tensor(self._x.copy()))).data
+
+    def _whole_layer(self, i, layer):
+        y, after = layer(Tensor(self._x[:, None].copy()), self.state[i])
+        self._x[...] = y.data[:, 0]
+        self.state = (*self.state[:i], after, *self.state[i + 1 :])
+
+
+class _Room:
+    """Arrays for what lies between two kernels; layers take turns in them."""
+
+    def __init__(self):
+        self._arrays = {}
+
+    def __call__(self, name, *shape):
+        return self._arrays.setdefault((name, shape), np.empty(shape, np.float32))
+
+
+def _copy_into(mine, given):
+    if mine.shape != given.shape:
+        raise ShapeError(f"a part of the state has shape {given.shape}; this model has {mine.shape}")
+    mine.data[...] = given.data
+    return mine
 
 
 def _matrix(module):
@@ -89,24 +144,11 @@ def _matrix(module):
     return weight, scales, np.zeros(rows, np.float32) if bias is None else bias.data
 
 
-def _layer_step(layer):
-    """``step(x, state, into) → state`` of a residual block, or None where no kernel fits."""
+def _layer_calls(layer):
+    """``calls(x, state, room) → [(kernel, tasks, arguments)]`` of a residual block, or None where no kernel fits."""
     if layer._has_mlp or not isinstance(layer.norm, nn.RMSNorm):
         return None
-    found = {Mamba1: _mamba1, Mamba2: _mamba2}.get(type(layer.mixer), lambda layer: None)(layer)
-    if found is None:
-        return None
-    run, state_type = found
-
-    def step(x, past, into):
-        before = [np.ascontiguousarray(part.data) for part in past]
-        after = [np.empty_like(part) for part in before] if into is None else [part.data for part in into]
-        if any(one.shape != other.shape for one, other in zip(before, after)):
-            after = [np.empty_like(part) for part in before]
-        run(x, *before, *after)
-        return state_type(*map(Tensor, after))
-
-    return step
+    return {Mamba1: _mamba1, Mamba2: _mamba2}.get(type(layer.mixer), lambda layer: None)(layer)
 
 
 def _is_plain(config, known):
@@ -137,21 +179,23 @@ def _mamba1(layer):
     if not _is_plain(c, MAMBA1_FIELDS) or c.d_inner % PANEL or None in (common, narrow, widen):
         return None
     first, conv, out = common
-    out_weight, out_scales, out_bias = out
     eps, tasks = c.mixer_rms_eps, min(TASKS, c.d_inner // PANEL)
-    project = (*first, *conv, *narrow[:2])
-    scan = (-1.0 if eps is None else eps, *widen, mixer.A_log.data, mixer.D.data, out_weight, out_scales)
-    work = _size(project) + _size(scan)
+    project = (*first, *conv)
+    rows = c.rank + 2 * c.d_state
+    scan = (-1.0 if eps is None else eps, *widen, mixer.A_log.data, mixer.D.data)
 
-    def run(x, conv_in, h_in, conv_out, h_out):
-        batch, width = x.shape
-        gate, u = _empty(batch, c.d_inner), _empty(batch, c.d_inner)
-        mixes, parts = _empty(tasks, batch, c.rank + 2 * c.d_state), _empty(tasks, batch, width)
-        kernels.mamba1_project.sized(work)(x, *project, conv_in, conv_out, gate, u, mixes)
-        kernels.mamba1_scan.sized(work)(mixes, *scan, gate, u, h_in, h_out, parts)
-        kernels.finish.sized(0)(x, out_bias, parts, _NO_NORM, 1, 1, 0.0)
+    def calls(x, state, room):
+        batch, (past, h) = len(x), state
+        gate, u = room("gate", batch, c.d_inner), room("u", batch, c.d_inner)
+        mix = room("mix", batch, rows)
+        return [
+            (kernels.mamba1_project, tasks, (x, *project, past, gate, u, tasks)),
+            (gemv, -(-rows // PANEL), (*narrow, u, -(-rows // PANEL), mix)),
+            (kernels.mamba1_scan, tasks, (mix, *scan, gate, u, h, tasks)),
+            (kernels.residual, tasks, (x, u, _NO_NORM, 1, 1, 0.0, *out, tasks)),
+        ]
 
-    return run, Mamba1State
+    return calls
 
 
 def _mamba2(layer):
@@ -171,29 +215,20 @@ def _mamba2(layer):
         gating = kernels.NORM_THEN_GATE if c.norm_before_gate else kernels.GATE_THEN_NORM
         weight, eps = mixer.norm.weight.data, c.norm_eps
     low, high = c.dt_limit
-    out_weight, out_scales, out_bias = out
     tasks = max(runs) * c.ngroups
     project = (*first, *conv, mixer.dt_bias.data, float(low), float(min(high, np.finfo(np.float32).max)))
     scan = (mixer.A_log.data, mixer.D.data.reshape(c.heads, -1), c.ngroups, gating)
-    product = (weight, out_weight, out_scales)
-    work = _size(project) + _size(product)
     channels = c.d_inner + 2 * c.ngroups * c.d_state
 
-    def run(x, conv_in, h_in, conv_out, h_out):
-        batch, width = x.shape
-        gate, u, steps = _empty(batch, c.d_inner), _empty(batch, channels), _empty(batch, c.heads)
-        y, squares, parts = _empty(batch, c.d_inner), _empty(tasks, batch), _empty(tasks, batch, width)
-        kernels.mamba2_project.sized(work)(x, *project, conv_in, conv_out, gate, u, steps, tasks)
-        kernels.mamba2_scan.sized(work)(u, steps, *scan, gate, *product, h_in, h_out, y, squares, parts)
+    def calls(x, state, room):
+        batch, (past, h) = len(x), state
+        gate, u, steps = room("gate", batch, c.d_inner), room("u", batch, channels), room("steps", batch, c.heads)
+        y, squares = room("y", batch, c.d_inner), room("squares", tasks, batch)
         norm = squares if gating != kernels.GATE_ONLY else _NO_NORM
-        kernels.finish.sized(0)(x, out_bias, parts, norm, c.ngroups, c.d_inner // c.ngroups, eps)
+        return [
+            (kernels.mamba2_project, tasks, (x, *project, past, gate, u, steps, tasks)),
+            (kernels.mamba2_scan, tasks, (u, steps, *scan, gate, weight, h, y, squares)),
+            (kernels.residual, tasks, (x, y, norm, c.ngroups, c.d_inner // c.ngroups, eps, *out, tasks)),
+        ]
 
-    return run, Mamba2State
-
-
-def _empty(*shape):
-    return np.empty(shape, np.float32)
-
-
-def _size(arguments):
-    return sum(a.size for a in arguments if isinstance(a, np.ndarray))
+    return calls

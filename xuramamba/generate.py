@@ -1,5 +1,8 @@
 """Token by token with a state of constant size: each new token costs the same, however long the past."""
 
+import contextlib
+import signal
+import threading
 import time
 from typing import NamedTuple
 
@@ -107,7 +110,7 @@ class _Run:
         self.active = np.arange(len(rows))
         self.state, self.logits = state, None  # of the active rows
         self.unread = False  # the last token of each active row is not yet in the state
-        self.spare, self.fed = None, False  # a state no longer needed; whether a step made self.state
+        self.session = None  # makes steps of the active rows; self.state is then its state
         self.finished = {}  # row: its state, which has not seen the row's last token
 
     # ------------------------------------------------------------------ prompts
@@ -134,23 +137,27 @@ class _Run:
         """Up to ``most`` tokens for each row."""
         seen = [np.unique(row) for row in self.rows] if penalty != 1 else None
         try:
-            for step in range(most):
-                new = self._choose(step < least, options, rng, penalty, seen)
-                for row, token in zip(self.active.tolist(), new.tolist()):
-                    self.new[row].append(token)
-                    if seen is not None:
-                        seen[row] = np.union1d(seen[row], token)
-                self.unread = True
-                if stream is not None and stream(np.array([new[-1] for new in self.new])):
-                    for row in self.active.tolist():
-                        self.reasons[row] = "callback"
-                    return
-                if not self._retire(new) or step + 1 == most:
-                    return
-                self._feed()
+            with _Interruptions() as self.interruptions:
+                self._decode(most, least, options, rng, penalty, stream, seen)
         except KeyboardInterrupt:
             for row in self.active.tolist():
                 self.reasons[row] = "interrupted"
+
+    def _decode(self, most, least, options, rng, penalty, stream, seen):
+        for step in range(most):
+            new = self._choose(step < least, options, rng, penalty, seen)
+            for row, token in zip(self.active.tolist(), new.tolist()):
+                self.new[row].append(token)
+                if seen is not None:
+                    seen[row] = np.union1d(seen[row], token)
+            self.unread = True
+            if stream is not None and stream(np.array([new[-1] for new in self.new])):
+                for row in self.active.tolist():
+                    self.reasons[row] = "callback"
+                return
+            if not self._retire(new) or step + 1 == most:
+                return
+            self._feed()
 
     def _choose(self, early, options, rng, penalty, seen):
         logits = np.array(self.logits, copy=True)
@@ -177,15 +184,16 @@ class _Run:
             for place in np.flatnonzero(~going):
                 self.finished[int(self.active[place])] = select(self.state, [place])
             self.active, self.state = self.active[going], select(self.state, np.flatnonzero(going))
-            self.spare = None
+            self.session = None
         return len(self.active) > 0
 
     def _feed(self):
-        last = np.array([self.new[row][-1] for row in self.active])
-        logits, state = decoder_of(self.model)(last, self.state, self.spare)
-        spare = self.state if self.fed else None  # only what a step has made is ours to overwrite
-        # At once: Ctrl-C may come anywhere.
-        self.state, self.spare, self.fed, self.logits, self.unread = state, spare, True, logits, False
+        last, decoder = np.array([self.new[row][-1] for row in self.active]), decoder_of(self.model)
+        if self.session is None or self.session.decoder is not decoder:
+            self.session = decoder.session(self.state)
+        with self.interruptions.held():
+            self.logits = self.session.step(last)
+            self.state, self.unread = self.session.state, False
 
     # ------------------------------------------------------------------ results
     def result(self, same_length):
@@ -205,3 +213,35 @@ class _Run:
             _, after = self.model.backbone(last, stack(states[row] for row in waiting))
             states |= {row: select(after, [place]) for place, row in enumerate(waiting)}
         return stack(states[row] for row in range(len(self.rows)))
+
+
+class _Interruptions:
+    """Inside, Ctrl-C during a step waits for its end: steps write into the state."""
+
+    def __enter__(self):
+        self._handler, self._holding, self._waiting = None, False, False
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and callable(signal.getsignal(signal.SIGINT)):
+            self._handler = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, *_):
+        if self._handler is not None and signal.getsignal(signal.SIGINT) == self._take:
+            signal.signal(signal.SIGINT, self._handler)
+
+    def _take(self, number, frame):
+        if self._holding:
+            self._waiting = True
+        else:
+            self._handler(number, frame)
+
+    @contextlib.contextmanager
+    def held(self):
+        self._holding = True
+        try:
+            yield
+        finally:
+            self._holding = False
+            if self._waiting:
+                self._waiting = False
+                self._handler(signal.SIGINT, None)

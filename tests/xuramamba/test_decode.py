@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from xuracore import no_grad
+from xuracore import no_grad, program, threads
+from xuracore.errors import ShapeError
+from xuracore.threads import available_cpus
 from xuramamba import LanguageModel, LanguageModelConfig
 from xuramamba.decode import Decoder, decoder_of
 from xuramamba.quantize import quantize
@@ -19,9 +21,8 @@ MIXERS = [
 
 
 def build(mixer, fields, **others):
-    config = LanguageModelConfig(
-        vocab_size=70, d_model=64, n_layer=2, mixer=mixer, mixer_fields=fields, **others
-    )
+    sizes = {"vocab_size": 70, "d_model": 64, "n_layer": 2} | others
+    config = LanguageModelConfig(mixer=mixer, mixer_fields=fields, **sizes)
     lm = LanguageModel(config, rng=np.random.default_rng(1))
     rng = np.random.default_rng(2)
     for parameter in lm.parameters():  # nothing at its initial zeros or ones
@@ -38,11 +39,10 @@ def steps_differ(lm, ids, start):
     with no_grad():
         whole, last = lm(ids)
         _, state = lm(ids[:, :start])
-        decoder, differences, spare = Decoder(lm), [], None
+        session, differences = Decoder(lm).session(state), []
         for t in range(start, ids.shape[1]):
-            logits, after = decoder(ids[:, t], state, spare)
-            differences.append(np.abs(logits - whole.data[:, t]).max())
-            spare, state = state if t > start else None, after
+            differences.append(np.abs(session.step(ids[:, t]) - whole.data[:, t]).max())
+    state = session.state
     assert [type(layer) for layer in state] == [type(layer) for layer in last]
     return max(differences), max(np.abs(a - b).max(initial=0) for a, b in zip(arrays(state), arrays(last)))
 
@@ -50,7 +50,7 @@ def steps_differ(lm, ids, start):
 @pytest.mark.parametrize("mixer, fields", MIXERS)
 def test_steps_give_what_the_whole_sequence_gives(mixer, fields):
     lm = build(mixer, fields)
-    assert all(Decoder(lm)._layers)
+    assert all(Decoder(lm).layers)
     ids = np.random.default_rng(0).integers(0, 70, (2, 7))
     logits, states = steps_differ(lm, ids, 3)
     assert logits < 3e-6 and states < 1e-5
@@ -60,7 +60,7 @@ def test_steps_give_what_the_whole_sequence_gives(mixer, fields):
 @pytest.mark.parametrize("mixer, fields", [MIXERS[0], MIXERS[3]])
 def test_stored_widths_do_so_too(mixer, fields, width):
     lm = quantize(build(mixer, fields, tie_embeddings=False), width)
-    assert all(Decoder(lm)._layers)
+    assert all(Decoder(lm).layers)
     logits, states = steps_differ(lm, np.random.default_rng(0).integers(0, 70, (1, 6)), 3)
     assert logits < 3e-6 and states < 1e-5
 
@@ -68,7 +68,7 @@ def test_stored_widths_do_so_too(mixer, fields, width):
 @pytest.mark.parametrize("others", [{"d_intermediate": 32}, {"rms_norm": False}])
 def test_layers_without_a_kernel_are_called_as_they_are(others):
     lm = build("mamba1", {}, **others)
-    assert not any(Decoder(lm)._layers)
+    assert not any(Decoder(lm).layers)
     assert max(steps_differ(lm, np.random.default_rng(0).integers(0, 70, (2, 5)), 2)) < 1e-5
 
 
@@ -79,15 +79,25 @@ def test_float64_models_and_other_mixers_stay_with_the_ops():
     assert max(steps_differ(build("mamba3", {"d_state": 16, "headdim": 32}), ids, 2)) < 1e-5
 
 
-def test_the_state_that_was_given_is_left_alone():
-    lm = build("mamba2", {"d_state": 16, "headdim": 32})
+@pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])
+def test_threads_change_no_bit_and_the_state_that_was_given_is_left_alone(mixer, monkeypatch):
+    lm, ids = build(mixer, {}, vocab_size=200), np.random.default_rng(0).integers(0, 70, (3, 5))
     with no_grad():
-        _, state = lm(np.array([[1, 2, 3]]))
-        before = arrays(state)
-        one, _ = lm(np.array([[4]]), state)
-        two, _ = lm(np.array([[4]]), state)
-    assert np.array_equal(one.data, two.data)
+        _, state = lm(ids)
+        before, made = arrays(state), []
+        for count in (1, available_cpus()):
+            monkeypatch.setattr(threads, "_threads", count)
+            monkeypatch.setattr(program, "CALL_WORK", 0)
+            session = Decoder(lm).session(state)
+            made.append([session.step(ids[:, t]).copy() for t in range(5)] + arrays(session.state))
+    assert all(np.array_equal(a, b) for a, b in zip(*made))
     assert all(np.array_equal(a, b) for a, b in zip(before, arrays(state)))
+
+
+def test_a_state_of_another_size_is_refused():
+    lm, other = build("mamba2", {"d_state": 16, "headdim": 32}), build("mamba2", {"d_state": 8, "headdim": 32})
+    with pytest.raises(ShapeError, match="this model has"):
+        Decoder(lm).session(other.backbone.initial_state(1))
 
 
 def test_a_decoder_follows_the_parameters():
@@ -99,6 +109,7 @@ def test_a_decoder_follows_the_parameters():
         for parameter in lm.parameters():
             parameter.data *= np.float32(1.1)
         assert decoder_of(lm) is first
-        assert np.abs(first(ids[:, 0], state)[0] - lm.logits(lm.backbone(ids, state)[0]).data[:, 0]).max() < 1e-5
+        expected = lm.logits(lm.backbone(ids, state)[0]).data[:, 0]
+        assert np.abs(first.session(state).step(ids[:, 0]) - expected).max() < 1e-5
         lm.to_dtype(np.float64)
         assert decoder_of(lm) is not first

@@ -1,5 +1,7 @@
 """Generation: each prompt as if it were alone, states handed on, ends where it should."""
 
+import signal
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from xuracore.errors import ConfigError, ShapeError
 from xuramamba import LanguageModel, LanguageModelConfig
 from xuramamba.bpe import ALPHABET, ByteLevelBPE
 from xuramamba.byte_tokenizer import ByteTokenizer
+from xuramamba.decode import Session
 from xuramamba.generate import generate
 from xuramamba.sampling import choose, filtered_probabilities, penalize_repetition
 
@@ -129,6 +132,23 @@ def test_ctrl_c_returns_what_was_made_with_a_state_to_go_on_from(model):
     assert made.reasons == ("interrupted",) and made.ids.shape == (1, 5)
     rest = model.generate([[7]], 2, state=made.state)[0]
     np.testing.assert_array_equal(rest, alone(model, [*made.ids[0], 7], 2)[5:])
+
+
+def test_ctrl_c_during_a_step_waits_for_its_end(model, monkeypatch):
+    step, seen = Session.step, []
+
+    def interrupted(session, token_ids):
+        seen.append(token_ids)
+        if len(seen) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return step(session, token_ids)
+
+    monkeypatch.setattr(Session, "step", interrupted)
+    made = model.generate([[3, 1]], 9, stop=(), details=True)
+    assert made.reasons == ("interrupted",) and made.ids.shape == (1, 4) and len(seen) == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    rest = model.generate([[7]], 2, state=made.state)[0]
+    np.testing.assert_array_equal(rest, alone(model, [*made.ids[0], 7], 2)[4:])
 
 
 def test_no_new_tokens_is_the_prompt(model):
