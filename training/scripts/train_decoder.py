@@ -77,7 +77,8 @@ def main(argv=None):
     model.y_decoder.requires_grad_()
     options.say(args, f"phase 2: {model.parameter_count(trainable_only=True):,} trained parameters")
     held = held_rows[:: max(1, len(held_rows) // 300)]
-    held_predicted = decoder.predict(model, held, features, tool=bad is not None)  # nobody knows by heart what a user's tools say
+    told = bad is not None  # nobody knows by heart what a user's tools say
+    held_predicted = decoder.predict(model, held, features, tool=told)
     texts = ()
     if not args.data_dir and args.wordings == "wide":
         texts = Dataset.captions("val", min(args.scenes, 60), args.data_seed, types=tuple(TEMPLATES),
