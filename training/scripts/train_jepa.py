@@ -80,8 +80,9 @@ def data_sets(args):
     return [*train, *again, *tools, *(texts if args.wordings == "wide" else ())], [*held, *known], None
 
 
-def first_encoder(args, config, rng):
-    """The X-Encoder at the start: --vit, or new for the sizes asked for, or the shipped tiny one, or random weights."""
+def first_encoder(args, config, rng, before=None):
+    """The X-Encoder at the start: --vit, or new for the sizes asked for, or that of the model ``before``, or the
+    shipped tiny one, or random weights."""
     if args.vit:
         encoder = VisionTransformer.from_pretrained(args.vit)
         options.say(args, f"X-Encoder: {FAMILIES[encoder.family]}, {encoder.parameter_count():,} parameters, pictures "
@@ -91,6 +92,8 @@ def first_encoder(args, config, rng):
         sizes = config.vision.replace(image_size=args.image_size or config.vision.image_size,
                                       patch_size=args.patch_size or config.vision.patch_size)
         return VisionTransformer(sizes, rng=rng)
+    if before is not None:
+        return before.x_encoder
     if args.preset == "tiny" and (SHIPPED / "tiny" / "model.safetensors").exists():
         options.say(args, "no --vit: using the X-Encoder of the shipped tiny model")
         return VLJEPA.from_pretrained("tiny").x_encoder
@@ -219,8 +222,8 @@ def main(argv=None):
                         help="of the questions with one slip of the pen (default 0.05)")
     parser.add_argument("--bidirectional", action="store_true", help="a predictor whose layers read both ways: dearer, "
                         "and no tool's result can be written into its states, only read")
-    parser.add_argument("--pool", choices=POOLS, default="read", help="the answer is the mean of the READ tokens "
-                        "(default), or of these and the question's words")
+    parser.add_argument("--pool", choices=POOLS, help="the answer is the mean of the READ tokens (default), or of these "
+                        "and the question's words")
     objective_options(parser)
     encoder_options(parser)
     arguments.add_data_options(parser)
@@ -232,9 +235,12 @@ def main(argv=None):
     watched(held_rows)  # there are some
     generated = bad is None
     answers = closed_set(train_rows, held_rows, generated)
-    config = VLJEPAConfig.preset(args.preset)
-    config = config.replace(predictor=config.predictor.replace(bidirectional=args.bidirectional, pool=args.pool))
-    encoder = first_encoder(args, config, rng)
+    before = VLJEPA.from_pretrained(args.model) if args.model else None
+    config = before.config if before else VLJEPAConfig.preset(args.preset)
+    reading = {"bidirectional": args.bidirectional or config.predictor.bidirectional,
+               "pool": args.pool or config.predictor.pool}
+    config = config.replace(predictor=config.predictor.replace(**reading))
+    encoder = first_encoder(args, config, rng, before)
     if args.train_encoder:  # the patches that stand out are not known yet: all are read
         config = config.replace(predictor=config.predictor.replace(n_salient=0))
     if (encoder.config, encoder.preprocessing) != (config.vision, config.preprocessing):
@@ -246,8 +252,8 @@ def main(argv=None):
         model.y_encoder.load_state_dict(VLJEPA.from_pretrained(args.y_encoder).y_encoder.state_dict())
     start = args.temperature or (math.exp(-objective.SIGMOID_START[0]) if args.loss == "sigmoid" else 0.07)
     model.log_scale.data[...] = -np.log(start)
-    if args.model:
-        model.load_state_dict(VLJEPA.from_pretrained(args.model).state_dict())
+    if before:
+        model.load_state_dict(before.state_dict())
     model.requires_grad_(False)
 
     if options.dry_run(args, phase=1, questions=len(train_rows), held_out=len(held_rows), answers=len(answers)):
