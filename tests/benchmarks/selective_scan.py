@@ -7,9 +7,13 @@
 1 x 2048 tokens, 1536 channels, state 16, float32, step sizes before softplus.  The first form prints
 medians of forward and backward in turns with the peer: torch is the loop over tokens, jax is ``lax.scan``
 compiled, mambapy its parallel scan.  "forward" alone is without a tape; "training" keeps one, and its
-backward gives the gradients of u, delta, A, B, C and D.  The second prints the peak memory of each,
-beyond the inputs and as a share of them.  The third prints the cost of a token at growing lengths: a
-straight line is a constant.
+backward gives the gradients of u, delta, A, B, C and D.  The second prints the most memory that each holds at
+once beyond its inputs (u, delta, A, B, C, D; the cotangent of y is not counted on either side), as a share of them:
+all that NumPy, Python and the kernels allocate, as ``tracemalloc`` sees it once everything is compiled and loaded,
+on one thread; for more the scratch memory of each is added, for whether it sees two at once is chance.
+Of it y and the gradients of the six inputs must exist: they are 1.49 of the inputs.  Of the rest almost all is the
+scratch memory of the kernels, a megabyte for each thread of a backward pass whatever the length.  The third
+prints the cost of a token at growing lengths: a straight line is a constant.
 """
 
 import argparse
@@ -166,31 +170,38 @@ SIDES = {
 
 
 # ---------------------------------------------------------------------- memory and length
-def beyond_inputs(job):
-    """(bytes of the inputs, most bytes that NumPy held beyond them)."""
+def peak(job):
+    """The most bytes held at once beyond the inputs, on one thread."""
     import tracemalloc
 
+    import xuracore as xc
+
+    xc.set_num_threads(1)
     forward, backward = ours(job)()
-    for _ in range(2):  # the first compiles
+    for _ in range(4):  # compiles, and loads what is loaded at a second call
         tracemalloc.start()
         result = forward()
         if backward:
             backward(result)
-        peak = tracemalloc.get_traced_memory()[1]
+        found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         del result
-    return sum(x.nbytes for x in drawn()[0]), peak
+    return found
 
 
-def memory():
-    print("| job | inputs MB | peak beyond them MB | share | of which results and gradients MB |")
-    print("|---|---:|---:|---:|---:|")
+def memory(threads):
+    from xuracore.kernels.selective_scan import CHANNELS as width
+
+    inputs, y = sum(x.nbytes for x in drawn()[0]), 4 * LENGTH * CHANNELS
+    print(f"inputs {inputs / 1e6:.1f} MB; shares of them\n")
+    print(f"| job | peak beyond them, one thread | {threads} threads | of which results and gradients |")
+    print("|---|---:|---:|---:|")
     for job in JOBS:
-        inputs, extra = beyond_inputs(job)
-        y = 4 * LENGTH * CHANNELS
-        results = y if job == "forward" else y + inputs
-        cells = f"{inputs / 1e6:.1f} | {extra / 1e6:.1f} | {extra / inputs:.2f} | {results / 1e6:.1f}"
-        print(f"| {job} | {cells} |")
+        # Rows of a thread's scratch: of each token of a block 2 a state and 2, then of a state and of a token.
+        rows = 2 * STATE + 3 if job == "forward" else 64 * (2 * STATE + 2) + 4 * STATE + 5
+        found = peak(job)
+        several, results = found + (threads - 1) * 4 * width * rows, y if job == "forward" else y + inputs
+        print(f"| {job} | {' | '.join(f'{x / inputs:.3f}' for x in (found, several, results))} |")
 
 
 def length(options):
@@ -230,7 +241,7 @@ if __name__ == "__main__":
     parser.add_argument("--peer-python", default=sys.executable, help="an interpreter with the peer")
     options = parser.parse_args()
     if options.versus == "memory":
-        memory()
+        memory(options.threads)
     elif options.versus == "length":
         length(options)
     else:

@@ -36,42 +36,52 @@ def _selective_inputs(rng, lengths, groups, per_group, size, gated, dtype, pair=
     ]  # fmt: skip
 
 
-def _selective_both(inputs, lengths, limits, soft, block, runs, cotangents):
-    u, b, count = inputs[0], inputs[3], len(lengths)
-    channels, (groups, *size) = u.shape[1], b.shape[1:]  # size (N,), or (N, 2) where A is complex
+def _selective_both(inputs, lengths, limits, soft, block, runs, cotangents, step=None):
+    """All that forward and backward write; backward in calls of ``step`` blocks, by default in one."""
+    u, a, b = inputs[0], inputs[2], inputs[3]
+    count, lengths, (channels, groups) = len(lengths), np.array(lengths), (u.shape[1], b.shape[1])
     forward, backward = selective_scan.selective_scan_forward, selective_scan.selective_scan_backward
-    if len(size) == 2:
+    if a.ndim == 3:  # (D, N, 2): complex
         forward, backward = selective_scan_complex.complex_scan_forward, selective_scan_complex.complex_scan_backward
-    edges = np.concatenate([[0], np.cumsum(lengths)])
-    rows = np.concatenate([[0], np.cumsum(-(-np.array(lengths) // block))])
-    options = edges, rows, *np.array(limits, u.dtype), soft, block
+    edges, height = np.concatenate([[0], np.cumsum(lengths)]), a[0].size
+    places = np.concatenate([[0], np.cumsum(np.maximum(-(-lengths // block) - 1, 0))]) * height
+    options = edges, *np.array(limits, u.dtype), soft, block, places, height
     tasks = selective_scan.tasks(count, channels, groups)
-    shapes = [u.shape, (count, channels, *size), (rows[-1], *size, channels)]
-    out = _unwritten(shapes, u.dtype)
+    out = _unwritten([(places[-1], channels), u.shape, (count, *a.shape)], u.dtype)
     _call(forward, tasks, runs)(*inputs, *options, *out)
-    partial = (selective_scan.runs(channels, groups), *b.shape)
-    shapes = [u.shape, u.shape, (count, *size, channels), partial, partial, (count, channels)]
-    shapes += [inputs[6].shape, (count, channels), (count, channels, *size)]
-    back = _unwritten(shapes, u.dtype)
-    call = _call(backward, tasks, runs)
-    call(*inputs[:8], *options, out[2], *cotangents, *back)
-    return out + back
+    saved = out[0].copy()
+    gu, graw, gz, gh_0 = _unwritten([u.shape, u.shape, inputs[6].shape, inputs[8].shape], u.dtype)
+    ga, gskip, gbias = (np.zeros((count, *form), u.dtype) for form in ((*a.shape[1:], channels), *[(channels,)] * 2))
+    sums, blocks = [], max(1, -(-lengths.max() // block))
+    for begin in reversed(range(0, blocks, step or blocks)):
+        left = np.clip(lengths - begin * block, 0, (step or blocks) * block)
+        rows = np.cumsum(left) - left
+        sums += _unwritten([(selective_scan.runs(channels, groups), left.sum(), *b.shape[1:])] * 2, u.dtype)
+        _call(backward, tasks, runs)(
+            *inputs, *options, saved, *cotangents, begin, begin + (step or blocks), rows,
+            gu, graw, ga, *sums[-2:], gskip, gz, gbias, gh_0,
+        )  # fmt: skip
+    return *out, gu, graw, ga, gskip, gz, gbias, gh_0, *sums
 
 
 @settings(max_examples=25)
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=3), st.integers(1, 3), st.sampled_from([1, 2, 5, 70, 256]),
     st.integers(1, 5), st.booleans(), st.booleans(), st.booleans(), st.sampled_from([(), (2,)]), st.integers(1, 5),
-    st.integers(0, 2**32 - 1),
+    st.sampled_from([None, 1, 2]), st.integers(0, 2**32 - 1),
 )  # fmt: skip
-def test_selective_scan_equals_its_twin(lengths, groups, per_group, size, gated, soft, limited, pair, block, seed):
+def test_selective_scan_equals_its_twin(
+    lengths, groups, per_group, size, gated, soft, limited, pair, block, step, seed
+):  # fmt: skip
     rng = np.random.default_rng(seed)
     inputs = _selective_inputs(rng, lengths, groups, per_group, size, gated, np.float64, pair)
     if not soft:
         inputs[1] = np.abs(inputs[1]) + 2 + np.abs(inputs[7]).max()
     cotangents = [rng.standard_normal(x.shape) for x in (inputs[0], inputs[8])]
     limits = (0.5, 2.5) if limited else (-np.inf, np.inf)
-    got, want = (_selective_both(inputs, lengths, limits, soft, block, runs, cotangents) for runs in (1, 0))
+    got, want = (
+        _selective_both(inputs, lengths, limits, soft, block, runs, cotangents, step) for runs in (1, 0)
+    )
     for x, y in zip(got, want):
         np.testing.assert_allclose(x, y, rtol=1e-8, atol=1e-9)
 

@@ -14,10 +14,13 @@ Shapes: u, raw, z ``(T, D)`` (z may have size 0: no gate); A ``(D, N)``; B, C ``
 in group ``d // (D / G)``; skip, bias ``(D,)``; the states h ``(S, D, N)``.  The T tokens are those of S
 sequences one behind the other: sequence s is ``edges[s] … edges[s + 1]``, and may be empty.
 
-A task walks all of time for up to ``CHANNELS`` channels of one group of one sequence, with the state
+A task walks through time for up to ``CHANNELS`` channels of one group of one sequence, with the state
 as ``(N, channels)``: the exponential and the sums over n then run along contiguous channels.
-Every ``block`` tokens of a sequence the forward pass stores the state as ``(N, D)``, from row
-``rows[s]`` on; the backward pass recomputes one block at a time.
+Before every block of ``block`` tokens but a sequence's first the forward pass stores the state in N rows of
+``saved (rows, D)``, for block i of sequence s from row ``places[s] + (i - 1) stride`` on.  The backward pass
+recomputes one block at a time, and may be called for some blocks of each sequence, the last ones first: where
+it stops it puts g into the rows of the state that it started from.  So ``saved`` may be ``gu`` itself, with the
+rows just before each block: they are read before the gradients of their tokens are written.
 """
 
 import math
@@ -28,6 +31,12 @@ from xuracore.jit import REDUCE, kernel
 from xuracore.kernels.fastmath import exp2, sigmoid, softplus
 
 ONE_OVER_LN2 = 1 / math.log(2)  # exp(x) = 2**(x / ln 2)
+# Rows of the scratch arrays.  In one array the compiler sees that rows do not overlap; between two it would test
+# that before every short loop, at a cost comparable with the loop.
+STATE, RATE, GRAD, DRATE = range(4)  # of each n
+STEP, PUSH, OUT, DSTEP, DPUSH = range(5)  # of the token at hand; OUT is y, or dy in the backward pass
+KEEP, KEPT = range(2)  # of each token of a block and each n: a_t, a_t h_{t-1}; of each token STEP and:
+TOTAL = 1  # y before the gate
 CHANNELS = 128  # of a task: wide enough to hide the loop over n, few enough that small models give several
 
 
@@ -51,22 +60,29 @@ def _sigmoid(x):
     return np.where(x >= 0, 1 / (1 + e), e / (1 + e)).astype(x.dtype)
 
 
+def stored(saved, place, block, stride, size):
+    """The rows of ``saved`` with the state before a sequence's block ``block``, at least 1."""
+    row = place + (block - 1) * stride
+    return saved[row : row + size]
+
+
 def _to_channels(x, channels):
     """(T, G, N) to (T, D, N)."""
     return np.repeat(x, channels // x.shape[1], axis=1)
 
 
 def selective_scan_forward_numpy(
-    u, raw, a, b, c, skip, z, bias, h_0, edges, rows, low, high, soft, block, y, h_last, saved
+    u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, y, h_last
 ):  # fmt: skip
     """NumPy twin of :func:`selective_scan_forward`."""
     delta, channels = _discretise(raw, bias, low, high, soft), u.shape[1]
     bs, cs = _to_channels(b, channels), _to_channels(c, channels)
-    for s in range(len(h_0)):
-        h = h_0[s].copy()
+    for s in range(len(h_last)):
+        h = h_0[s] if h_0.size else np.zeros_like(a)
         for t in range(edges[s], edges[s + 1]):
-            if (t - edges[s]) % block == 0:
-                saved[rows[s] + (t - edges[s]) // block] = h.T
+            i = (t - edges[s]) // block
+            if i and (t - edges[s]) % block == 0:
+                stored(saved, places[s], i, stride, h.shape[1])[...] = h.T
             step = delta[t, :, None]
             h = np.exp(step * a) * h + step * bs[t] * u[t, :, None]
             y[t] = (cs[t] * h).sum(1) + skip * u[t]
@@ -76,62 +92,70 @@ def selective_scan_forward_numpy(
 
 
 def selective_scan_backward_numpy(
-    u, raw, a, b, c, skip, z, bias, edges, rows, low, high, soft, block, saved, gy, gh_last,
-    gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
+    u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, gy, gh_last,
+    begin, end, rows, gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
 ):  # fmt: skip
     """NumPy twin of :func:`selective_scan_backward`."""
-    (tokens, channels), (groups, size) = u.shape, b.shape[1:]
-    delta = _discretise(raw, bias, low, high, soft)
-    bs, cs = _to_channels(b, channels), _to_channels(c, channels)
-    gbs, gcs = np.empty_like(bs), np.empty_like(cs)
-    ddelta, dy = np.empty_like(u), gy.copy()
-    for s in range(len(gh_0)):
-        start, stop = edges[s], edges[s + 1]
-        states = [saved[rows[s]].T] if stop > start else [np.zeros_like(a)]
-        for t in range(start, stop):
-            step = delta[t, :, None]
-            states.append(np.exp(step * a) * states[-1] + step * bs[t] * u[t, :, None])
+    (channels, size), groups = a.shape, b.shape[1]
+    for s in range(len(edges) - 1):
+        blocks = -(-(edges[s + 1] - edges[s]) // block)
+        upper = min(end, blocks)
+        if begin and upper <= begin:
+            continue
+        opening, closing = edges[s] + begin * block, min(edges[s] + upper * block, edges[s + 1])
+        here = slice(opening, closing)
+        us, delta = u[here], _discretise(raw[here], bias, low, high, soft)
+        bs, cs = _to_channels(b[here], channels), _to_channels(c[here], channels)
+        gbs, gcs = np.empty_like(bs), np.empty_like(cs)
+        ddelta, dy = np.empty_like(us), gy[here].copy()
+        first = h_0[s] if h_0.size else np.zeros_like(a)
+        states = [stored(saved, places[s], begin, stride, size).T.copy() if begin else first]
+        for t, step in enumerate(delta[:, :, None]):
+            states.append(np.exp(step * a) * states[-1] + step * bs[t] * us[t, :, None])
             if z.size:
-                gate = _sigmoid(z[t])
-                gz[t] = gy[t] * ((cs[t] * states[-1]).sum(1) + skip * u[t]) * gate * (1 + z[t] * (1 - gate))
-                dy[t] = gy[t] * z[t] * gate
-        g, total = gh_last[s], np.zeros_like(a)
-        for t in range(stop - 1, start - 1, -1):
-            step, before = delta[t, :, None], states[t - start]
+                x, gate = z[opening + t], _sigmoid(z[opening + t])
+                gz[opening + t] = dy[t] * ((cs[t] * states[-1]).sum(1) + skip * us[t]) * gate * (1 + x * (1 - gate))
+                dy[t] *= x * gate
+        if upper < blocks:
+            g = stored(saved, places[s], upper, stride, size).T.copy()
+        else:
+            g = gh_last[s] if gh_last.size else np.zeros_like(a)
+        for t in range(closing - opening - 1, -1, -1):
+            step, before = delta[t, :, None], states[t]
             keep = np.exp(step * a)
             g = g + cs[t] * dy[t, :, None]
-            gcs[t] = dy[t, :, None] * states[t - start + 1]
-            gbs[t] = g * step * u[t, :, None]
+            gcs[t] = dy[t, :, None] * states[t + 1]
+            gbs[t] = g * step * us[t, :, None]
             along, q = (g * bs[t]).sum(1), g * keep * before
-            gu[t] = skip * dy[t] + delta[t] * along
-            ddelta[t] = u[t] * along + (q * a).sum(1)
-            total += q * step
+            gu[opening + t] = skip * dy[t] + delta[t] * along
+            ddelta[t] = us[t] * along + (q * a).sum(1)
+            ga[s] += (q * step).T
             g = g * keep
-        gh_0[s], ga[s] = g, total.T
-    ddelta[(delta <= low) | (delta >= high)] = 0
-    graw[...] = ddelta * _sigmoid(raw + bias) if soft else ddelta
-    for s in range(len(gh_0)):
-        span = slice(edges[s], edges[s + 1])
-        gbias[s], gskip[s] = graw[span].sum(0), (dy[span] * u[span]).sum(0)
-    for out, each in ((gb, gbs), (gc, gcs)):
-        by_group = each.reshape(tokens, groups, channels // groups, size)
-        for run in range(len(gb)):
-            out[run] = by_group[:, :, run * CHANNELS : (run + 1) * CHANNELS].sum(2)
+        if begin:
+            stored(saved, places[s], begin, stride, size)[...] = g.T
+        elif gh_0.size:
+            gh_0[s] = g
+        ddelta[(delta <= low) | (delta >= high)] = 0
+        graw[here] = ddelta * _sigmoid(raw[here] + bias) if soft else ddelta
+        gbias[s] += graw[here].sum(0)
+        gskip[s] += (dy * us).sum(0)
+        for out, each in ((gb, gbs), (gc, gcs)):
+            by_group = each.reshape(closing - opening, groups, channels // groups, size)
+            for run in range(len(gb)):
+                cut = by_group[:, :, run * CHANNELS : (run + 1) * CHANNELS]
+                out[run, rows[s] : rows[s] + closing - opening] = cut.sum(2)
 
 
 @kernel(twin=selective_scan_forward_numpy, fastmath=REDUCE)
 def selective_scan_forward(
-    start, stop, u, raw, a, b, c, skip, z, bias, h_0, edges, rows, low, high, soft, block, y, h_last, saved
+    start, stop, u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, y, h_last
 ):  # fmt: skip
-    """Scan T tokens; writes y, h_last and saved ``(stored states, N, D)``.  :func:`tasks` tasks."""
-    channels = u.shape[1]
-    groups, size = b.shape[1], b.shape[2]
+    """Scan T tokens from h_0, or from zero where it has size 0; writes saved, y and h_last.  :func:`tasks` tasks."""
+    channels, groups, size = u.shape[1], b.shape[1], b.shape[2]
     per_group = channels // groups
     cuts = (per_group + CHANNELS - 1) // CHANNELS
-    gated, to_binary = z.size > 0, u.dtype.type(ONE_OVER_LN2)
-    state, rate = np.empty((size, CHANNELS), u.dtype), np.empty((size, CHANNELS), u.dtype)
-    step, push = np.empty(CHANNELS, u.dtype), np.empty(CHANNELS, u.dtype)
-    out = np.empty(CHANNELS, u.dtype)
+    gated, started, zero, to_binary = z.size > 0, h_0.size > 0, u.dtype.type(0), u.dtype.type(ONE_OVER_LN2)
+    own, now = np.empty((size, 2, CHANNELS), u.dtype), np.empty((3, CHANNELS), u.dtype)
     for task in range(start, stop):
         s, g, cut = task // (groups * cuts), task // cuts % groups, task % cuts
         first = g * per_group + cut * CHANNELS
@@ -140,65 +164,62 @@ def selective_scan_forward(
         shift, through = bias[first:last], skip[first:last]
         for n in range(size):
             for w in range(width):
-                state[n, w] = h_0[s, first + w, n]
-                rate[n, w] = a[first + w, n] * to_binary
+                own[n, STATE, w] = h_0[s, first + w, n] if started else zero
+                own[n, RATE, w] = a[first + w, n] * to_binary
         opening = edges[s]
         for t in range(opening, edges[s + 1]):
-            if (t - opening) % block == 0:
-                row = rows[s] + (t - opening) // block
+            if t > opening and (t - opening) % block == 0:
+                row = places[s] + ((t - opening) // block - 1) * stride
                 for n in range(size):
-                    kept = saved[row, n, first:last]
+                    kept = saved[row + n, first:last]
                     for w in range(width):
-                        kept[w] = state[n, w]
+                        kept[w] = own[n, STATE, w]
             drive, ticks, made = u[t, first:last], raw[t, first:last], y[t, first:last]
             for w in range(width):
                 x = ticks[w] + shift[w]
                 x = softplus(x) if soft else x
                 x = low if x < low else x
                 x = high if x > high else x
-                step[w] = x
-                push[w] = x * drive[w]
-                out[w] = through[w] * drive[w]
+                now[STEP, w] = x
+                now[PUSH, w] = x * drive[w]
+                now[OUT, w] = through[w] * drive[w]
             for n in range(size):
-                enter, leave, now, speed = b[t, g, n], c[t, g, n], state[n], rate[n]
+                enter, leave, mine = b[t, g, n], c[t, g, n], own[n]
                 for w in range(width):
-                    h = exp2(step[w] * speed[w]) * now[w] + enter * push[w]
-                    now[w] = h
-                    out[w] += leave * h
+                    h = exp2(now[STEP, w] * mine[RATE, w]) * mine[STATE, w] + enter * now[PUSH, w]
+                    mine[STATE, w] = h
+                    now[OUT, w] += leave * h
             if gated:
                 gate = z[t, first:last]
                 for w in range(width):
-                    made[w] = out[w] * (gate[w] * sigmoid(gate[w]))
+                    made[w] = now[OUT, w] * (gate[w] * sigmoid(gate[w]))
             else:
                 for w in range(width):
-                    made[w] = out[w]
+                    made[w] = now[OUT, w]
         for n in range(size):
             for w in range(width):
-                h_last[s, first + w, n] = state[n, w]
+                h_last[s, first + w, n] = own[n, STATE, w]
 
 
 @kernel(twin=selective_scan_backward_numpy, fastmath=REDUCE)
 def selective_scan_backward(
-    start, stop, u, raw, a, b, c, skip, z, bias, edges, rows, low, high, soft, block, saved, gy, gh_last,
-    gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
+    start, stop, u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, gy, gh_last,
+    begin, end, rows, gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
 ):  # fmt: skip
-    """Gradients of :func:`selective_scan_forward`; writes everything from ``gu`` on.
+    """Gradients of :func:`selective_scan_forward` from the blocks ``begin … end`` (excluded) of each sequence.
 
-    Partial sums for the caller to add over their first axis: ga ``(S, N, D)`` (note the order),
-    gskip, gbias ``(S, D)``, and gb, gc ``(runs, T, G, N)``, one for each run of channels.
+    Calls go from the last blocks to the first.  Writes gu, graw, gz, and with the first block gh_0; adds to
+    ga ``(S, N, D)`` (note the order), gskip and gbias ``(S, D)``.  Sums over each run of channels go to gb and gc
+    ``(runs, rows, G, N)``, those of the first token of sequence s here to row ``rows[s]``.  gh_last and gh_0
+    may have size 0: no gradient comes from the last state, none is wanted for the first.
     """
-    channels = u.shape[1]
-    groups, size = b.shape[1], b.shape[2]
+    channels, groups, size = u.shape[1], b.shape[1], b.shape[2]
     per_group = channels // groups
     cuts = (per_group + CHANNELS - 1) // CHANNELS
-    gated, to_binary = z.size > 0, u.dtype.type(ONE_OVER_LN2)
+    gated, started, ended, to_binary = z.size > 0, h_0.size > 0, gh_last.size > 0, u.dtype.type(ONE_OVER_LN2)
     zero, one = u.dtype.type(0), u.dtype.type(1)
-    state, rate = np.empty((size, CHANNELS), u.dtype), np.empty((size, CHANNELS), u.dtype)
-    grad, drate = np.empty((size, CHANNELS), u.dtype), np.empty((size, CHANNELS), u.dtype)
-    keeps, kepts = np.empty((block, size, CHANNELS), u.dtype), np.empty((block, size, CHANNELS), u.dtype)
-    steps, inner = np.empty((block, CHANNELS), u.dtype), np.empty((block, CHANNELS), u.dtype)
-    push, dy = np.empty(CHANNELS, u.dtype), np.empty(CHANNELS, u.dtype)
-    dstep, dpush = np.empty(CHANNELS, u.dtype), np.empty(CHANNELS, u.dtype)
+    own, now = np.empty((size, 4, CHANNELS), u.dtype), np.empty((5, CHANNELS), u.dtype)
+    past, tokens = np.empty((block, size, 2, CHANNELS), u.dtype), np.empty((block, 2, CHANNELS), u.dtype)
     for task in range(start, stop):
         s, g, cut = task // (groups * cuts), task // cuts % groups, task % cuts
         first = g * per_group + cut * CHANNELS
@@ -207,89 +228,105 @@ def selective_scan_backward(
         shift, through, to_shift, to_through = (
             bias[first:last], skip[first:last], gbias[s, first:last], gskip[s, first:last]
         )  # fmt: skip
-        for n in range(size):
-            for w in range(width):
-                grad[n, w] = gh_last[s, first + w, n]
-                rate[n, w] = a[first + w, n]
-                drate[n, w] = zero
-        for w in range(width):
-            to_through[w] = zero
-            to_shift[w] = zero
         blocks = (edges[s + 1] - edges[s] + block - 1) // block
-        for done in range(blocks):
-            index = blocks - 1 - done
+        upper = min(end, blocks)
+        if begin > 0 and upper <= begin:
+            continue
+        row, place = rows[s] - edges[s] - begin * block, places[s] - stride
+        for n in range(size):
+            to_speed = ga[s, n, first:last]
+            for w in range(width):
+                own[n, RATE, w] = a[first + w, n]
+                own[n, DRATE, w] = to_speed[w]
+                own[n, GRAD, w] = gh_last[s, first + w, n] if ended and upper == blocks else zero
+            if upper < blocks:
+                kept = saved[place + upper * stride + n, first:last]
+                for w in range(width):
+                    own[n, GRAD, w] = kept[w]
+        for done in range(upper - begin):
+            index = upper - 1 - done
             opening = edges[s] + index * block
             closing = min(opening + block, edges[s + 1])
             for n in range(size):
-                kept = saved[rows[s] + index, n, first:last]
-                for w in range(width):
-                    state[n, w] = kept[w]
+                if index > 0:
+                    kept = saved[place + index * stride + n, first:last]
+                    for w in range(width):
+                        own[n, STATE, w] = kept[w]
+                else:
+                    for w in range(width):
+                        own[n, STATE, w] = h_0[s, first + w, n] if started else zero
             for t in range(opening, closing):
-                o = t - opening
-                drive, ticks, step, total = u[t, first:last], raw[t, first:last], steps[o], inner[o]
+                drive, ticks, token = u[t, first:last], raw[t, first:last], tokens[t - opening]
                 for w in range(width):
                     x = ticks[w] + shift[w]
                     x = softplus(x) if soft else x
                     x = low if x < low else x
                     x = high if x > high else x
-                    step[w] = x
-                    push[w] = x * drive[w]
-                    total[w] = through[w] * drive[w]
+                    token[STEP, w] = x
+                    now[STEP, w] = x
+                    now[PUSH, w] = x * drive[w]
+                    now[OUT, w] = through[w] * drive[w]
                 for n in range(size):
-                    enter, leave, now, speed = b[t, g, n], c[t, g, n], state[n], rate[n]
-                    keep, kept = keeps[o, n], kepts[o, n]
+                    enter, leave, mine, before = b[t, g, n], c[t, g, n], own[n], past[t - opening, n]
                     for w in range(width):
-                        stay = exp2(step[w] * (speed[w] * to_binary))
-                        old = stay * now[w]
-                        keep[w] = stay
-                        kept[w] = old
-                        h = old + enter * push[w]
-                        now[w] = h
-                        total[w] += leave * h
+                        stay = exp2(now[STEP, w] * (mine[RATE, w] * to_binary))
+                        x = stay * mine[STATE, w]
+                        before[KEEP, w], before[KEPT, w] = stay, x
+                        h = x + enter * now[PUSH, w]
+                        mine[STATE, w] = h
+                        now[OUT, w] += leave * h
+                for w in range(width):
+                    token[TOTAL, w] = now[OUT, w]
             for back in range(closing - opening):
                 t = closing - 1 - back
-                o = t - opening
-                drive, ticks, step, total = u[t, first:last], raw[t, first:last], steps[o], inner[o]
+                drive, ticks, token = u[t, first:last], raw[t, first:last], tokens[t - opening]
                 above, to_drive, to_ticks = gy[t, first:last], gu[t, first:last], graw[t, first:last]
                 if gated:
                     gates, to_gates = z[t, first:last], gz[t, first:last]
                     for w in range(width):
                         x, out = gates[w], above[w]
                         gate = sigmoid(x)
-                        to_gates[w] = out * total[w] * gate * (one + x * (one - gate))
-                        dy[w] = out * x * gate
+                        to_gates[w] = out * token[TOTAL, w] * gate * (one + x * (one - gate))
+                        now[OUT, w] = out * x * gate
                 else:
                     for w in range(width):
-                        dy[w] = above[w]
+                        now[OUT, w] = above[w]
                 for w in range(width):
-                    to_through[w] += dy[w] * drive[w]
-                    push[w] = step[w] * drive[w]
-                    dstep[w] = zero
-                    dpush[w] = zero
+                    to_through[w] += now[OUT, w] * drive[w]
+                    now[STEP, w] = token[STEP, w]
+                    now[PUSH, w] = now[STEP, w] * drive[w]
+                    now[DSTEP, w] = zero
+                    now[DPUSH, w] = zero
                 for n in range(size):
-                    enter, leave, now, speed = b[t, g, n], c[t, g, n], grad[n], rate[n]
-                    keep, kept, to_speed = keeps[o, n], kepts[o, n], drate[n]
+                    enter, leave, mine, before = b[t, g, n], c[t, g, n], own[n], past[t - opening, n]
                     denter, dleave = zero, zero
                     for w in range(width):
-                        x = now[w] + leave * dy[w]
-                        dleave += dy[w] * (kept[w] + enter * push[w])
-                        denter += x * push[w]
-                        dpush[w] += x * enter
-                        q = x * kept[w]
-                        dstep[w] += q * speed[w]
-                        to_speed[w] += q * step[w]
-                        now[w] = x * keep[w]
-                    gb[cut, t, g, n] = denter
-                    gc[cut, t, g, n] = dleave
+                        x = mine[GRAD, w] + leave * now[OUT, w]
+                        dleave += now[OUT, w] * (before[KEPT, w] + enter * now[PUSH, w])
+                        denter += x * now[PUSH, w]
+                        now[DPUSH, w] += x * enter
+                        q = x * before[KEPT, w]
+                        now[DSTEP, w] += q * mine[RATE, w]
+                        mine[DRATE, w] += q * now[STEP, w]
+                        mine[GRAD, w] = x * before[KEEP, w]
+                    gb[cut, row + t, g, n] = denter
+                    gc[cut, row + t, g, n] = dleave
                 for w in range(width):
-                    to_drive[w] = through[w] * dy[w] + dpush[w] * step[w]
-                    x = dstep[w] + dpush[w] * drive[w]
+                    to_drive[w] = through[w] * now[OUT, w] + now[DPUSH, w] * now[STEP, w]
+                    x = now[DSTEP, w] + now[DPUSH, w] * drive[w]
                     x = x * sigmoid(ticks[w] + shift[w]) if soft else x
-                    outside = step[w] <= low or step[w] >= high
+                    outside = now[STEP, w] <= low or now[STEP, w] >= high
                     x = zero if outside else x
                     to_ticks[w] = x
                     to_shift[w] += x
         for n in range(size):
+            to_speed = ga[s, n, first:last]
             for w in range(width):
-                ga[s, n, first + w] = drate[n, w]
-                gh_0[s, first + w, n] = grad[n, w]
+                to_speed[w] = own[n, DRATE, w]
+            if begin > 0:
+                kept = saved[place + begin * stride + n, first:last]
+                for w in range(width):
+                    kept[w] = own[n, GRAD, w]
+            elif gh_0.size > 0:
+                for w in range(width):
+                    gh_0[s, first + w, n] = own[n, GRAD, w]

@@ -7,14 +7,14 @@ Backward, with g = dL/dRe h + i dL/dIm h and a_t = exp(delta_t A)::
     du = skip dy + delta Re sum_n conj(B) g          ddelta = u Re sum_n conj(B) g + Re sum_n q conj(A)
 
 Arguments, order and tasks as in :mod:`xuracore.kernels.selective_scan`; A ``(D, N, 2)``, B and C
-``(T, G, N, 2)``, states ``(S, D, N, 2)`` and ``saved (rows, N, 2, D)`` hold real and imaginary parts.
+``(T, G, N, 2)``, states ``(S, D, N, 2)`` hold real and imaginary parts; a stored state has 2 N rows, N pairs.
 """
 
 import numpy as np
 
 from xuracore.jit import REDUCE, kernel
 from xuracore.kernels.fastmath import cosine_sine, exp, sigmoid, softplus
-from xuracore.kernels.selective_scan import CHANNELS, _discretise, _sigmoid, _to_channels
+from xuracore.kernels.selective_scan import CHANNELS, _discretise, _sigmoid, _to_channels, stored
 
 
 def _complex(x):
@@ -25,17 +25,27 @@ def _parts(z):
     return np.stack([z.real, z.imag], axis=-1)
 
 
+def _rows(z):
+    """(D, N) complex as a stored state, (2 N, D)."""
+    return _parts(z).reshape(len(z), -1).T
+
+
+def _of_rows(rows):
+    return _complex(rows.T.reshape(rows.shape[1], -1, 2))
+
+
 def complex_scan_forward_numpy(
-    u, raw, a, b, c, skip, z, bias, h_0, edges, rows, low, high, soft, block, y, h_last, saved
+    u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, y, h_last
 ):  # fmt: skip
     """NumPy twin of :func:`complex_scan_forward`."""
     delta, channels = _discretise(raw, bias, low, high, soft), u.shape[1]
     a, bs, cs = _complex(a), _to_channels(_complex(b), channels), _to_channels(_complex(c), channels)
-    for s in range(len(h_0)):
-        h = _complex(h_0[s])
+    for s in range(len(h_last)):
+        h = _complex(h_0[s]) if h_0.size else np.zeros_like(a)
         for t in range(edges[s], edges[s + 1]):
-            if (t - edges[s]) % block == 0:
-                saved[rows[s] + (t - edges[s]) // block] = _parts(h).transpose(1, 2, 0)
+            i = (t - edges[s]) // block
+            if i and (t - edges[s]) % block == 0:
+                stored(saved, places[s], i, stride, 2 * h.shape[1])[...] = _rows(h)
             step = delta[t, :, None]
             h = np.exp(step * a) * h + step * bs[t] * u[t, :, None]
             y[t] = 2 * (cs[t] * h).real.sum(1) + skip * u[t]
@@ -45,58 +55,70 @@ def complex_scan_forward_numpy(
 
 
 def complex_scan_backward_numpy(
-    u, raw, a, b, c, skip, z, bias, edges, rows, low, high, soft, block, saved, gy, gh_last,
-    gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
+    u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, gy, gh_last,
+    begin, end, rows, gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
 ):  # fmt: skip
     """NumPy twin of :func:`complex_scan_backward`."""
-    (tokens, channels), (groups, size) = u.shape, b.shape[1:3]
-    delta = _discretise(raw, bias, low, high, soft)
-    a, bs, cs = _complex(a), _to_channels(_complex(b), channels), _to_channels(_complex(c), channels)
-    gbs, gcs = np.empty_like(bs), np.empty_like(cs)
-    ddelta, dy = np.empty_like(u), gy.copy()
-    for s in range(len(gh_0)):
-        start, stop = edges[s], edges[s + 1]
-        states = [_complex(saved[rows[s]].transpose(2, 0, 1))] if stop > start else []
-        for t in range(start, stop):
-            step = delta[t, :, None]
-            states.append(np.exp(step * a) * states[-1] + step * bs[t] * u[t, :, None])
+    (channels, size), groups, a = a.shape[:2], b.shape[1], _complex(a)
+    for s in range(len(edges) - 1):
+        blocks = -(-(edges[s + 1] - edges[s]) // block)
+        upper = min(end, blocks)
+        if begin and upper <= begin:
+            continue
+        opening, closing = edges[s] + begin * block, min(edges[s] + upper * block, edges[s + 1])
+        here = slice(opening, closing)
+        us, delta = u[here], _discretise(raw[here], bias, low, high, soft)
+        bs, cs = (_to_channels(_complex(x[here]), channels) for x in (b, c))
+        gbs, gcs = np.empty_like(bs), np.empty_like(cs)
+        ddelta, dy = np.empty_like(us), gy[here].copy()
+        first = _complex(h_0[s]) if h_0.size else np.zeros_like(a)
+        states = [_of_rows(stored(saved, places[s], begin, stride, 2 * size)) if begin else first]
+        for t, step in enumerate(delta[:, :, None]):
+            states.append(np.exp(step * a) * states[-1] + step * bs[t] * us[t, :, None])
             if z.size:
-                gate, inner = _sigmoid(z[t]), 2 * (cs[t] * states[-1]).real.sum(1) + skip * u[t]
-                gz[t] = gy[t] * inner * gate * (1 + z[t] * (1 - gate))
-                dy[t] = gy[t] * z[t] * gate
-        g, total = _complex(gh_last[s]), np.zeros_like(a)
-        for t in range(stop - 1, start - 1, -1):
+                x, gate = z[opening + t], _sigmoid(z[opening + t])
+                inner = 2 * (cs[t] * states[-1]).real.sum(1) + skip * us[t]
+                gz[opening + t] = dy[t] * inner * gate * (1 + x * (1 - gate))
+                dy[t] *= x * gate
+        if upper < blocks:
+            g = _of_rows(stored(saved, places[s], upper, stride, 2 * size))
+        else:
+            g = _complex(gh_last[s]) if gh_last.size else np.zeros_like(a)
+        for t in range(closing - opening - 1, -1, -1):
             step = delta[t, :, None]
             keep = np.exp(step * a)
             g = g + 2 * cs[t].conj() * dy[t, :, None]
-            gcs[t] = 2 * dy[t, :, None] * states[t - start + 1].conj()
-            gbs[t] = g * step * u[t, :, None]
-            along, q = (g * bs[t].conj()).real.sum(1), g * (keep * states[t - start]).conj()
-            gu[t] = skip * dy[t] + delta[t] * along
-            ddelta[t] = u[t] * along + (q * a.conj()).real.sum(1)
-            total += q * step
+            gcs[t] = 2 * dy[t, :, None] * states[t + 1].conj()
+            gbs[t] = g * step * us[t, :, None]
+            along, q = (g * bs[t].conj()).real.sum(1), g * (keep * states[t]).conj()
+            gu[opening + t] = skip * dy[t] + delta[t] * along
+            ddelta[t] = us[t] * along + (q * a.conj()).real.sum(1)
+            ga[s] += _parts(q * step).transpose(1, 2, 0)
             g = g * keep.conj()
-        gh_0[s], ga[s] = _parts(g), _parts(total).transpose(1, 2, 0)
-    ddelta[(delta <= low) | (delta >= high)] = 0
-    graw[...] = ddelta * _sigmoid(raw + bias) if soft else ddelta
-    for s in range(len(gh_0)):
-        span = slice(edges[s], edges[s + 1])
-        gbias[s], gskip[s] = graw[span].sum(0), (dy[span] * u[span]).sum(0)
-    for out, each in ((gb, gbs), (gc, gcs)):
-        by_group = each.reshape(tokens, groups, channels // groups, size)
-        for run in range(len(gb)):
-            out[run] = _parts(by_group[:, :, run * CHANNELS : (run + 1) * CHANNELS].sum(2))
+        if begin:
+            stored(saved, places[s], begin, stride, 2 * size)[...] = _rows(g)
+        elif gh_0.size:
+            gh_0[s] = _parts(g)
+        ddelta[(delta <= low) | (delta >= high)] = 0
+        graw[here] = ddelta * _sigmoid(raw[here] + bias) if soft else ddelta
+        gbias[s] += graw[here].sum(0)
+        gskip[s] += (dy * us).sum(0)
+        for out, each in ((gb, gbs), (gc, gcs)):
+            by_group = each.reshape(closing - opening, groups, channels // groups, size)
+            for run in range(len(gb)):
+                cut = by_group[:, :, run * CHANNELS : (run + 1) * CHANNELS]
+                out[run, rows[s] : rows[s] + closing - opening] = _parts(cut.sum(2))
 
 
 @kernel(twin=complex_scan_forward_numpy, fastmath=REDUCE)
 def complex_scan_forward(
-    start, stop, u, raw, a, b, c, skip, z, bias, h_0, edges, rows, low, high, soft, block, y, h_last, saved
+    start, stop, u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, y, h_last
 ):  # fmt: skip
-    """Scan T tokens; writes y, h_last and saved."""
+    """Scan T tokens; writes saved, y and h_last."""
     channels, groups, size = u.shape[1], b.shape[1], b.shape[2]
     per_group = channels // groups
     cuts = (per_group + CHANNELS - 1) // CHANNELS
-    two = u.dtype.type(2)
+    zero, two, started = u.dtype.type(0), u.dtype.type(2), h_0.size > 0
     state, rate = np.empty((size, 2, CHANNELS), u.dtype), np.empty((size, 2, CHANNELS), u.dtype)
     step, push, out = np.empty(CHANNELS, u.dtype), np.empty(CHANNELS, u.dtype), np.empty(CHANNELS, u.dtype)
     for task in range(start, stop):
@@ -106,15 +128,16 @@ def complex_scan_forward(
         for n in range(size):
             for part in range(2):
                 for w in range(width):
-                    state[n, part, w], rate[n, part, w] = h_0[s, first + w, n, part], a[first + w, n, part]
+                    state[n, part, w] = h_0[s, first + w, n, part] if started else zero
+                    rate[n, part, w] = a[first + w, n, part]
         opening = edges[s]
         for t in range(opening, edges[s + 1]):
-            if (t - opening) % block == 0:
-                row = rows[s] + (t - opening) // block
+            if t > opening and (t - opening) % block == 0:
+                row = places[s] + ((t - opening) // block - 1) * stride
                 for n in range(size):
                     for part in range(2):
                         for w in range(width):
-                            saved[row, n, part, first + w] = state[n, part, w]
+                            saved[row + 2 * n + part, first + w] = state[n, part, w]
             for w in range(width):
                 x = raw[t, first + w] + bias[first + w]
                 x = softplus(x) if soft else x
@@ -144,14 +167,15 @@ def complex_scan_forward(
 
 @kernel(twin=complex_scan_backward_numpy, fastmath=REDUCE)
 def complex_scan_backward(
-    start, stop, u, raw, a, b, c, skip, z, bias, edges, rows, low, high, soft, block, saved, gy, gh_last,
-    gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
+    start, stop, u, raw, a, b, c, skip, z, bias, h_0, edges, low, high, soft, block, places, stride, saved, gy, gh_last,
+    begin, end, rows, gu, graw, ga, gb, gc, gskip, gz, gbias, gh_0,
 ):  # fmt: skip
-    """Gradients of :func:`complex_scan_forward`; partial sums as in the real scan, ga ``(S, N, 2, D)``."""
+    """Gradients of :func:`complex_scan_forward`, as in the real scan; ga ``(S, N, 2, D)``."""
     channels, groups, size = u.shape[1], b.shape[1], b.shape[2]
     per_group = channels // groups
     cuts = (per_group + CHANNELS - 1) // CHANNELS
     zero, one, two = u.dtype.type(0), u.dtype.type(1), u.dtype.type(2)
+    started, ended, wanted = h_0.size > 0, gh_last.size > 0, gh_0.size > 0
     shape = (size, 2, CHANNELS)
     state, rate, grad = np.empty(shape, u.dtype), np.empty(shape, u.dtype), np.empty(shape, u.dtype)
     drate, keeps = np.empty(shape, u.dtype), np.empty((block, size, 2, CHANNELS), u.dtype)
@@ -163,22 +187,31 @@ def complex_scan_backward(
         s, g, cut = task // (groups * cuts), task // cuts % groups, task % cuts
         first = g * per_group + cut * CHANNELS
         width = min(CHANNELS, per_group - cut * CHANNELS)
+        blocks = (edges[s + 1] - edges[s] + block - 1) // block
+        upper = min(end, blocks)
+        if begin > 0 and upper <= begin:
+            continue
+        row, place = rows[s] - edges[s] - begin * block, places[s] - stride
         for n in range(size):
             for part in range(2):
                 for w in range(width):
-                    grad[n, part, w], rate[n, part, w] = gh_last[s, first + w, n, part], a[first + w, n, part]
-                    drate[n, part, w] = zero
-        for w in range(width):
-            gskip[s, first + w], gbias[s, first + w] = zero, zero
-        blocks = (edges[s + 1] - edges[s] + block - 1) // block
-        for done in range(blocks):
-            index = blocks - 1 - done
+                    rate[n, part, w] = a[first + w, n, part]
+                    drate[n, part, w] = ga[s, n, part, first + w]
+                    if upper < blocks:
+                        grad[n, part, w] = saved[place + upper * stride + 2 * n + part, first + w]
+                    else:
+                        grad[n, part, w] = gh_last[s, first + w, n, part] if ended else zero
+        for done in range(upper - begin):
+            index = upper - 1 - done
             opening = edges[s] + index * block
             closing = min(opening + block, edges[s + 1])
             for n in range(size):
                 for part in range(2):
                     for w in range(width):
-                        state[n, part, w] = saved[rows[s] + index, n, part, first + w]
+                        if index > 0:
+                            state[n, part, w] = saved[place + index * stride + 2 * n + part, first + w]
+                        else:
+                            state[n, part, w] = h_0[s, first + w, n, part] if started else zero
             for t in range(opening, closing):
                 o = t - opening
                 for w in range(width):
@@ -234,8 +267,8 @@ def complex_scan_backward(
                         drate[n, 1, w] += q_im * steps[o, w]
                         grad[n, 0, w] = g_re * k_re + g_im * k_im
                         grad[n, 1, w] = g_im * k_re - g_re * k_im
-                    gb[cut, t, g, n, 0], gb[cut, t, g, n, 1] = to_b_re, to_b_im
-                    gc[cut, t, g, n, 0], gc[cut, t, g, n, 1] = to_c_re, to_c_im
+                    gb[cut, row + t, g, n, 0], gb[cut, row + t, g, n, 1] = to_b_re, to_b_im
+                    gc[cut, row + t, g, n, 0], gc[cut, row + t, g, n, 1] = to_c_re, to_c_im
                 for w in range(width):
                     x = u[t, first + w]
                     gu[t, first + w] = skip[first + w] * dy[w] + dpush[w] * steps[o, w]
@@ -250,4 +283,7 @@ def complex_scan_backward(
             for part in range(2):
                 for w in range(width):
                     ga[s, n, part, first + w] = drate[n, part, w]
-                    gh_0[s, first + w, n, part] = grad[n, part, w]
+                    if begin > 0:
+                        saved[place + begin * stride + 2 * n + part, first + w] = grad[n, part, w]
+                    elif wanted:
+                        gh_0[s, first + w, n, part] = grad[n, part, w]

@@ -8,6 +8,8 @@ from xuracore.kernels import selective_scan_complex as complex_scan
 from xuracore.ops.blocks import Spans, block_length, contiguous, sequences
 from xuracore.ops.registry import primitive
 
+SUMS_BYTES = 1 << 17  # of gradients of B and C that wait to be summed: so many that a call is worth a millisecond
+
 
 def _selective_inputs(u, delta, a, b, c, skip, z, delta_bias, h, count):
     pair = (2,) if a.ndim == 3 else ()  # real and imaginary parts
@@ -29,7 +31,7 @@ def _selective_inputs(u, delta, a, b, c, skip, z, delta_bias, h, count):
         "D": (channels,),
         "z": u.shape if z is not None else (0, 0, 0),
         "delta_bias": (channels,),
-        "h": (count, channels, size, *pair),
+        "h": (count, channels, size, *pair) if h is not None else (0, 0, 0, *pair),
     }
     dense = []
     for (name, shape), x in zip(shapes.items(), (u, delta, a, b, c, skip, z, delta_bias, h)):
@@ -69,34 +71,89 @@ def _selective_scan_forward(
     parts, (groups, size) = inputs[2].shape[2:], inputs[3].shape[1:3]
     scratch = 2 * inputs[2][0].size * selective.CHANNELS * u.itemsize  # a token's; a core's L2 holds 64
     block = block_length(spans.longest, scratch // 4)
-    rows = spans.rows(block)
     low, high = (-np.inf, np.inf) if dt_limit is None else dt_limit
-    options = spans.edges, rows, u.dtype.type(low), u.dtype.type(high), bool(delta_softplus), block
-    y, last = np.empty((tokens, channels), u.dtype), np.empty_like(inputs[8])
-    stored = np.empty((rows[-1], size, *parts, channels), u.dtype)
-    tasks, work = selective.tasks(spans.count, channels, groups), 20 * tokens * channels * size
-    _selective_kernels(inputs[2])[0].split(tasks, work)(*inputs, *options, y, last, stored)
-    return (y.reshape(u.shape), last), (inputs, options, stored, tasks, work, B.shape, C.shape, u.shape)
+    options = spans.edges, u.dtype.type(low), u.dtype.type(high), bool(delta_softplus), block
+    y, last = np.empty((tokens, channels), u.dtype), np.empty((spans.count, channels, size, *parts), u.dtype)
+    saved = inputs, options, [_states(inputs, options, y, last)], B.shape, C.shape, u.shape
+    return (y.reshape(u.shape), last), saved
+
+
+def _states(inputs, options, y, last):
+    """Run the forward kernel; returns the states that it stored, (rows, channels)."""
+    edges, block = options[0], options[-1]
+    height = inputs[2][0].size  # rows of a state
+    places = height * np.concatenate([[0], np.cumsum(_stored(edges, block))])
+    states = np.empty((places[-1], y.shape[1]), y.dtype)
+    tasks, work = selective.tasks(len(last), y.shape[1], inputs[3].shape[1]), 20 * y.size * height
+    _selective_kernels(inputs[2])[0].split(tasks, work)(*inputs, *options, places, height, states, y, last)
+    return states
+
+
+def _stored(edges, block):
+    """How many states of each sequence are stored: one before each block but the first."""
+    return np.maximum(-(-np.diff(edges) // block) - 1, 0)
+
+
+def _moved(states, edges, block, height, to):
+    """Put stored states into ``to``, (tokens, channels), before their blocks; returns their (places, stride, array)."""
+    if not len(states):
+        return edges, height, states
+    counts = _stored(edges, block)
+    before = np.cumsum(counts) - counts
+    if height > block:  # no room between two of them
+        return height * before, height, states
+    places = edges[:-1] + block - height
+    rows = np.repeat(places - block * before, counts) + block * np.arange(counts.sum())
+    to[(rows[:, None] + np.arange(height)).ravel()] = states
+    return places, block, to
 
 
 def _selective_scan_vjp(grad, saved, needs):
-    inputs, options, stored, tasks, work, b_shape, c_shape, shape = saved
-    u, b, h = inputs[0], inputs[3], inputs[8]
-    channels, groups, count = u.shape[1], b.shape[1], len(h)
-    cotangents = [contiguous(g, form, u).reshape(form) for g, form in zip(grad, (u.shape, h.shape))]
-    out = [np.empty(x.shape, u.dtype) for x in inputs]
-    out[2] = np.empty((count, *b.shape[2:], channels), u.dtype)
-    out[3], out[4] = (np.empty((selective.runs(channels, groups), *b.shape), u.dtype) for _ in range(2))
-    out[5], out[7] = (np.empty((count, channels), u.dtype) for _ in range(2))
-    call = _selective_kernels(inputs[2])[1].split(tasks, 3 * work)
-    call(*inputs[:8], *options, stored, *cotangents, *out)
-    for i in (2, 3, 4, 5, 7):
-        out[i] = out[i][0] if len(out[i]) == 1 else out[i].sum(axis=0)
-    forms = {0: shape, 1: shape, 3: b_shape, 4: c_shape, 6: shape}
-    out[2] = np.moveaxis(out[2], -1, 0)
-    for i, form in forms.items():
-        out[i] = out[i].reshape(form) if i < len(needs) and (i != 6 or out[6].size) else None
-    return tuple(out[: len(needs)])
+    """Beside the results there is room for little more than the sums of B's and C's gradients over runs of channels.
+
+    The stored states are in the way only until the gradient of u has its memory: they move there, and theirs is
+    freed.  A second backward pass finds none, and makes them again.  Sums exist for a few blocks at a time.
+    """
+    inputs, options, owned, b_shape, c_shape, shape = saved
+    (u, _, a, b, _, _, z, _, h), edges, block = inputs, options[0], options[-1]
+    (tokens, channels), groups, height, count = u.shape, b.shape[1], a[0].size, len(edges) - 1
+    after = (count, *a.shape) if grad[1] is not None else (0,) * (a.ndim + 1)
+    cotangents = [contiguous(g, form, u).reshape(form) for g, form in zip(grad, (u.shape, after))]
+    states = owned.pop() if owned else _states(inputs, options, np.empty_like(u), np.empty((count, *a.shape), u.dtype))
+    gu = np.empty_like(u)
+    place = _moved(states, edges, block, height, gu)
+    del states
+    graw, gz = np.empty_like(u), np.empty_like(z)
+    ga = np.zeros((count, *a.shape[1:], channels), u.dtype)
+    gskip, gbias = (np.zeros((count, channels), u.dtype) for _ in range(2))
+    gh_0 = np.empty(h.shape if len(needs) > 8 and needs[8] else (0,) * h.ndim, u.dtype)
+    runs, tasks = selective.runs(channels, groups), selective.tasks(count, channels, groups)
+    backward = _selective_kernels(a)[1]
+
+    def run(begin, end, rows, total):
+        call = backward.split(tasks, 60 * total * channels * height)
+        call(*inputs, *options, *place, *cotangents, begin, end, rows, gu, graw, ga, *sums, gskip, gz, gbias, gh_0)
+        return sums[:, 0, :total] if runs == 1 else sums[:, :, :total].sum(axis=1)
+
+    lengths = np.diff(edges)
+    blocks = -(-int(lengths.max(initial=0)) // block)
+    step = max(1, SUMS_BYTES // max(1, 2 * runs * b[:1].nbytes * min(tokens, count * block)))
+    if step >= blocks:
+        sums = np.empty((2, runs, *b.shape), u.dtype)
+        gb, gc = run(0, step, edges, tokens)
+    else:
+        gb, gc = np.empty_like(b), np.empty_like(b)
+        sums = np.empty((2, runs, np.minimum(lengths, step * block).sum(), *b.shape[1:]), u.dtype)
+        for begin in reversed(range(0, blocks, step)):
+            openings = np.minimum(begin * block, lengths)
+            taken = np.minimum(lengths - openings, step * block)
+            rows = np.cumsum(taken) - taken
+            here = np.repeat(edges[:-1] + openings - rows, taken) + np.arange(taken.sum())
+            gb[here], gc[here] = run(begin, begin + step, rows, len(here))
+    ga, gskip, gbias = (x[0] if count == 1 else x.sum(axis=0) for x in (ga, gskip, gbias))
+    gu, graw, gz = (x.reshape(shape) if x.size == u.size else None for x in (gu, graw, gz))
+    out = gu, graw, np.moveaxis(ga, -1, 0), gb.reshape(b_shape), gc.reshape(c_shape), gskip, gz, gbias, gh_0
+    return out[: len(needs)]
 
 
 def _selective_scan_reference(
