@@ -53,7 +53,7 @@ ERF_SMALL = np.float32(0.927734375)
 
 # With t² = s - 2n log 2: the normal density φ(t) = 2^n H(s) N_SLOPE, and Mills' ratio Φ(-t) / φ(t) =
 # M(t) / Q(t) / N_SLOPE for t in [0, N_END]; N_SLOPE comes of M and Q beginning with 1, which saves two products.
-N_END = np.float32(14.5)  # t Φ(-t) is zero from here on
+N_END = np.float32(15)  # t Φ(-t) and t φ(t) are zero from here on
 N_RATE, N_ROUND = np.float32(-0.5 * 1.4426950408889634), np.float32(12582912.0 + 64)
 N_HIGH, N_LOW = np.float32(2 * 0.693359375), np.float32(2 * -2.12194440e-4)
 N_SLOPE = np.float32(0.9999882132)
