@@ -145,7 +145,7 @@ def test_statistics_and_readings_take_what_memory_holds():
     assert len(some_tokens(np.zeros((3000, 65, 96), np.float16))) == 2000
     assert len(some_tokens(np.broadcast_to(np.float16(0), (3000, 197, 1024)))) == 166
     tiny, base = (SimpleNamespace(config=VLJEPAConfig.preset(name)) for name in ("tiny", "base"))
-    assert rows_at_once(tiny) == 256 and rows_at_once(base) == 41
+    assert rows_at_once(tiny) == 256 and rows_at_once(base) == 20
 
 
 def test_slow_work_says_how_long_it_takes(capsys, monkeypatch):

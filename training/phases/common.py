@@ -153,7 +153,7 @@ def some_tokens(tokens, pictures=2000, numbers=2**25):
     return tokens[: max(1, min(pictures, numbers // (tokens.shape[1] * tokens.shape[2])))]
 
 
-def rows_at_once(model, numbers=2**23):
+def rows_at_once(model, numbers=2**22):
     """How many rows to read together where no gradient is wanted: 256, and fewer of large predictors."""
     sizes = model.config.predictor
     return max(8, min(256, numbers // (sizes.n_visual * sizes.d_model)))
