@@ -72,6 +72,21 @@ def _mamba2(batch=1, width=8, heads=2, headdim=16, size=4, tasks=1):
     return project, scan
 
 
+def _mamba3(batch=1, heads=2, headdim=4, size=4, turns=1):
+    """Arguments of mamba3_scan."""
+    inner, each, key = heads * headdim, _single(heads, 1, headdim), _single(heads, 1, size)
+    state = _single(batch, heads, turns), _single(batch, heads, headdim, size), _single(batch, 1, heads, size)
+    return (
+        _single(batch, 2 * inner + 2 * size + 3 * heads + turns), _single(heads), 0, 1e-4, -1.0, _single(size),
+        _single(size), 1e-5, key, key, 0, _single(heads), each, each, each, _single(inner), -1.0, 1,
+        *state, _single(batch, heads, headdim), _single(batch, inner), 1,
+    )  # fmt: skip
+
+
+def _project():
+    return _single(1, 8), _single(8), 1e-5, _single(32, 8), _NO_SCALES, _single(32), 1, _single(1, 32)
+
+
 def _residual():
     return _single(1, 8), _single(1, 32), _single(1, 1), 1, 32, 1e-5, _single(8, 32), _NO_SCALES, _single(8), 1
 
@@ -79,7 +94,8 @@ def _residual():
 SAMPLES = {  # of kernels that no op calls
     "adamw_update": _adamw, "sum_of_squares": _sum_of_squares, "gemv": _gemv,
     "mamba1_project": lambda: _mamba1()[0], "mamba1_scan": lambda: _mamba1()[1],
-    "mamba2_project": lambda: _mamba2()[0], "mamba2_scan": lambda: _mamba2()[1], "residual": _residual,
+    "mamba2_project": lambda: _mamba2()[0], "mamba2_scan": lambda: _mamba2()[1],
+    "mamba3_scan": _mamba3, "project": _project, "residual": _residual,
 }  # fmt: skip
 
 

@@ -13,13 +13,14 @@ import numpy as np
 from xuracore import allocator, nn
 from xuracore.errors import ShapeError
 from xuracore.kernels import decode as kernels
+from xuracore.kernels.decode_mamba3 import mamba3_scan
 from xuracore.kernels.gemv import PANEL, gemv
-from xuracore.kernels.norm import rms_norm_forward
 from xuracore.nn.quantized import QuantizedEmbedding, QuantizedLinear
 from xuracore.program import Program
 from xuracore.tensor import Tensor
 from xuramamba.mamba1 import Mamba1
 from xuramamba.mamba2 import Mamba2
+from xuramamba.mamba3 import Mamba3
 from xuramamba.state import leaves, map_state
 
 TASKS = 8  # of a kernel, at most: enough for eight threads
@@ -32,6 +33,11 @@ MAMBA2_FIELDS = {
     "d_model", "d_state", "d_conv", "expand", "headdim", "ngroups", "chunk_size", "rmsnorm",
     "norm_before_gate", "norm_eps", "dt_limit", "D_has_hdim", "bias", "conv_bias", "A_init_range", "dt_min",
     "dt_max", "dt_init_floor",
+}  # fmt: skip
+MAMBA3_FIELDS = {
+    "d_model", "d_state", "expand", "headdim", "ngroups", "rope_fraction", "is_mimo", "mimo_rank",
+    "is_outproj_norm", "a_activation", "rotary", "rope", "rope_theta", "trap", "bc_bias", "bc_bias_init", "bc_norm",
+    "dt_min", "dt_max", "dt_init_floor", "a_floor", "norm_eps",
 }  # fmt: skip
 _NO_SCALES, _NO_NORM = np.empty((0, 0, 0), np.uint16), np.empty((0, 0), np.float32)
 
@@ -93,11 +99,9 @@ class Session:
         self._logits = None
         if narrow and decoder.head is not None and isinstance(backbone.norm_f, nn.RMSNorm):
             (weight, scales, bias), norm = decoder.head, backbone.norm_f
-            hidden, self._logits = room("hidden", batch, 1, self._x.shape[1]), room("logits", batch, len(bias))
-            scale = norm.weight.data.reshape(1, -1)
-            calls.append((rms_norm_forward, batch, (
-                self._x[:, None], scale, norm.eps, hidden, room("rstd", batch, 1))))  # fmt: skip
-            calls.append((gemv, HEAD_TASKS, (weight, scales, bias, hidden[:, 0], HEAD_TASKS, self._logits)))
+            self._logits = room("logits", batch, len(bias))
+            last = (self._x, norm.weight.data, norm.eps, weight, scales, bias, HEAD_TASKS, self._logits)
+            calls.append((kernels.project, HEAD_TASKS, last))
         self._parts.append(Program(calls))
 
     def step(self, token_ids):
@@ -148,7 +152,7 @@ def _layer_calls(layer):
     """``calls(x, state, room) → [(kernel, tasks, arguments)]`` of a residual block, or None where no kernel fits."""
     if layer._has_mlp or not isinstance(layer.norm, nn.RMSNorm):
         return None
-    return {Mamba1: _mamba1, Mamba2: _mamba2}.get(type(layer.mixer), lambda layer: None)(layer)
+    return {Mamba1: _mamba1, Mamba2: _mamba2, Mamba3: _mamba3}.get(type(layer.mixer), lambda layer: None)(layer)
 
 
 def _is_plain(config, known):
@@ -160,17 +164,18 @@ def _is_plain(config, known):
 
 
 def _common(layer):
-    """Arguments that both kinds begin with, and those of the convolution; None if a matrix is no float32."""
-    mixer = layer.mixer
-    matrices = [_matrix(mixer.in_proj), _matrix(mixer.out_proj)]
-    conv = mixer.conv1d
+    """The norm with in_proj, and out_proj, as arguments; None if a matrix is no float32."""
+    into, out = _matrix(layer.mixer.in_proj), _matrix(layer.mixer.out_proj)
+    own = [layer.norm.weight, *layer.mixer.parameters()]
+    if None in (into, out) or any(parameter.dtype == np.float64 for parameter in own):
+        return None
+    return (layer.norm.weight.data, layer.norm.eps, *into), out
+
+
+def _convolution(conv):
     channels, _, size = conv.weight.shape
     bias = np.zeros(channels, np.float32) if conv.bias is None else conv.bias.data
-    own = [layer.norm.weight, *mixer.parameters()]
-    if None in matrices or any(parameter.dtype == np.float64 for parameter in own):
-        return None
-    into, out = matrices
-    return (layer.norm.weight.data, layer.norm.eps, *into), (conv.weight.data.reshape(channels, size), bias), out
+    return conv.weight.data.reshape(channels, size), bias
 
 
 def _mamba1(layer):
@@ -178,9 +183,9 @@ def _mamba1(layer):
     narrow, widen = _matrix(mixer.x_proj), _matrix(mixer.dt_proj)
     if not _is_plain(c, MAMBA1_FIELDS) or c.d_inner % PANEL or None in (common, narrow, widen):
         return None
-    first, conv, out = common
+    first, out = common
     eps, tasks = c.mixer_rms_eps, min(TASKS, c.d_inner // PANEL)
-    project = (*first, *conv)
+    project = (*first, *_convolution(mixer.conv1d))
     rows = c.rank + 2 * c.d_state
     scan = (-1.0 if eps is None else eps, *widen, mixer.A_log.data, mixer.D.data)
 
@@ -203,20 +208,16 @@ def _mamba2(layer):
     if not _is_plain(c, MAMBA2_FIELDS) or common is None:
         return None
     per_group = c.heads // c.ngroups
-    runs = [
-        n for n in range(1, per_group + 1)
-        if per_group % n == 0 and per_group // n * c.headdim % PANEL == 0 and n * c.ngroups <= max(TASKS, c.ngroups)
-    ]  # fmt: skip
-    if not runs:
-        return None
-    first, conv, out = common
+    most = max(TASKS // c.ngroups, 1)
+    runs = [n for n in range(1, most + 1) if per_group % n == 0]
+    first, out = common
     gating, weight, eps = kernels.GATE_ONLY, np.ones(c.d_inner, np.float32), 0.0
     if c.rmsnorm:
         gating = kernels.NORM_THEN_GATE if c.norm_before_gate else kernels.GATE_THEN_NORM
         weight, eps = mixer.norm.weight.data, c.norm_eps
-    low, high = c.dt_limit
+    low, high = (float(min(limit, np.finfo(np.float32).max)) for limit in c.dt_limit)
     tasks = max(runs) * c.ngroups
-    project = (*first, *conv, mixer.dt_bias.data, float(low), float(min(high, np.finfo(np.float32).max)))
+    project = (*first, *_convolution(mixer.conv1d), mixer.dt_bias.data, low, high)
     scan = (mixer.A_log.data, mixer.D.data.reshape(c.heads, -1), c.ngroups, gating)
     channels = c.d_inner + 2 * c.ngroups * c.d_state
 
@@ -229,6 +230,36 @@ def _mamba2(layer):
             (kernels.mamba2_project, tasks, (x, *project, past, gate, u, steps, tasks)),
             (kernels.mamba2_scan, tasks, (u, steps, *scan, gate, weight, h, y, squares)),
             (kernels.residual, tasks, (x, y, norm, c.ngroups, c.d_inner // c.ngroups, eps, *out, tasks)),
+        ]
+
+    return calls
+
+
+def _mamba3(layer):
+    mixer, c, common = layer.mixer, layer.mixer.config, _common(layer)
+    if not _is_plain(c, MAMBA3_FIELDS) or c.rope == "standard" or common is None:
+        return None
+    (first, out), rows, tasks = common, sum(mixer._row_counts()), min(TASKS, c.heads)
+    ones, by_rank = np.ones(max(c.d_inner, c.d_state), np.float32), (c.heads, c.rank, c.headdim)
+    q_bias, k_bias = (part if isinstance(part, np.ndarray) else part.data for part in mixer._biases())
+    norms = (mixer.B_norm.weight.data, mixer.C_norm.weight.data, c.norm_eps) if c.bc_norm else (
+        ones[: c.d_state], ones[: c.d_state], -1.0)  # fmt: skip
+    weights = [mixer.mimo_x, mixer.mimo_z, mixer.mimo_o] if c.is_mimo else []
+    scan = (
+        mixer.dt_bias.data, int(c.a_activation == "softplus"), float(c.a_floor),
+        {"learned": -1.0, "half": 0.5, "euler": 1.0}[c.trap],
+        *norms, k_bias, q_bias, int(c.rotary == "half"), mixer.D.data,
+        *([each.data for each in weights] or [np.ones(by_rank, np.float32)] * 3),
+        *((mixer.norm.weight.data, c.norm_eps) if c.is_outproj_norm else (ones[: c.d_inner], -1.0)), c.ngroups,
+    )  # fmt: skip
+
+    def calls(x, state, room):
+        batch = len(x)
+        projected, y = room("projected", batch, rows), room("y", batch, c.d_inner)
+        return [
+            (kernels.project, tasks, (x, *first, tasks, projected)),
+            (mamba3_scan, tasks, (projected, *scan, *state, y, tasks)),
+            (kernels.residual, tasks, (x, y, _NO_NORM, 1, 1, 0.0, *out, tasks)),
         ]
 
     return calls

@@ -17,6 +17,11 @@ MIXERS = [
     ("mamba2", {"d_state": 16, "headdim": 32}),
     ("mamba2", {"d_state": 16, "headdim": 16, "ngroups": 2, "dt_limit": (0.01, 0.05), "norm_before_gate": True}),
     ("mamba2", {"d_state": 8, "headdim": 32, "rmsnorm": False, "D_has_hdim": True, "bias": True}),
+    ("mamba3", {"d_state": 16, "headdim": 32}),
+    ("mamba3", {"d_state": 16, "headdim": 16, "rotary": "half", "ngroups": 2, "is_outproj_norm": True}),
+    ("mamba3", {"d_state": 8, "headdim": 32, "is_mimo": True, "mimo_rank": 3, "a_activation": "softplus"}),
+    ("mamba3", {"d_state": 8, "headdim": 32, "is_mimo": True, "ngroups": 2, "is_outproj_norm": True, "trap": "half"}),
+    ("mamba3", {"d_state": 7, "rope": "none", "trap": "euler", "bc_bias": False, "bc_norm": False}),
 ]
 
 
@@ -57,7 +62,7 @@ def test_steps_give_what_the_whole_sequence_gives(mixer, fields):
 
 
 @pytest.mark.parametrize("width", ["bfloat16", "int8", "int4"])
-@pytest.mark.parametrize("mixer, fields", [MIXERS[0], MIXERS[3]])
+@pytest.mark.parametrize("mixer, fields", [MIXERS[0], MIXERS[3], MIXERS[6]])
 def test_stored_widths_do_so_too(mixer, fields, width):
     lm = quantize(build(mixer, fields, tie_embeddings=False), width)
     assert all(Decoder(lm).layers)
@@ -76,7 +81,10 @@ def test_float64_models_and_other_mixers_stay_with_the_ops():
     lm = build("mamba1", {}).to_dtype(np.float64)
     ids = np.random.default_rng(0).integers(0, 70, (1, 4))
     assert max(steps_differ(lm, ids, 2)) < 1e-12
-    assert max(steps_differ(build("mamba3", {"d_state": 16, "headdim": 32}), ids, 2)) < 1e-5
+    for fields in ({"d_conv": 3}, {"rope": "standard"}):
+        lm = build("mamba3", {"d_state": 16, "headdim": 32} | fields)
+        assert not any(Decoder(lm).layers)
+        assert max(steps_differ(lm, ids, 2)) < 1e-5
 
 
 @pytest.mark.parametrize("mixer", ["mamba1", "mamba2"])

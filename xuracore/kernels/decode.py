@@ -1,7 +1,8 @@
 """One token through one residual layer, x + mixer(norm(x)): up to the state, the state, and from there on.
 
 At one token a layer is its weights: each is read once (:mod:`xuracore.kernels.gemv`), and what follows a
-product is done by the task that has made its rows, while they are in the cache.
+product is done by the task that has made its rows, while they are in the cache.  The state of Mamba-3 is in
+:mod:`xuracore.kernels.decode_mamba3`.
 
 x (B, D) float32.  Matrices are pairs (weight, scales) as in gemv; the scan of Mamba-1 has its channels in
 multiples of 32.  States, ``past`` (B, K - 1, channels) of the convolution and ``h``, become those after the
@@ -68,7 +69,7 @@ def _convolve(new, weight, bias, past, first, last, out):
         out[d] = silu(out[d])
 
 
-def _rms_norm_numpy(x, weight, eps):
+def rms_norm_numpy(x, weight, eps):
     return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight
 
 
@@ -76,23 +77,43 @@ def _product_numpy(x, weight, scales, rows):
     return x @ dequantised(weight, scales)[:rows].T
 
 
-def _silu_numpy(x):
+def silu_numpy(x):
     return x * (0.5 * (1 + np.tanh(0.5 * x)))
 
 
 def _convolve_numpy(u, weight, bias, past):
     window = np.concatenate([past, u[:, None]], axis=1)
     past[...] = window[:, 1:]
-    return _silu_numpy(np.einsum("bkc,ck->bc", window, weight) + bias)
+    return silu_numpy(np.einsum("bkc,ck->bc", window, weight) + bias)
+
+
+def project_numpy(x, norm_weight, eps, weight, scales, bias, tasks, y):
+    y[...] = _product_numpy(rms_norm_numpy(x, norm_weight, eps), weight, scales, y.shape[1]) + bias
+
+
+@kernel(twin=project_numpy, parallel=True, fastmath=REDUCE)
+def project(x, norm_weight, eps, weight, scales, bias, tasks, y):
+    """y (B, rows) = norm(x) Wᵀ + bias: in_proj of Mamba-3, and the head."""
+    rows = y.shape[1]
+    panels = (rows + PANEL - 1) // PANEL
+    normed = _rms_norm(x, norm_weight, eps)
+    for index in prange(tasks):
+        task = np.int64(index)
+        first = panels * task // tasks * PANEL
+        last = min(panels * (task + 1) // tasks * PANEL, rows)
+        product(weight, scales, normed, 0, x.shape[1], first, last, y)
+        for b in range(x.shape[0]):
+            for r in range(first, last):
+                y[b, r] += bias[r]
 
 
 def mamba1_project_numpy(
     x, norm_weight, eps, in_weight, in_scales, in_bias, conv_weight, conv_bias, past, gate, u, tasks
 ):  # fmt: skip
     inner = u.shape[1]
-    both = _product_numpy(_rms_norm_numpy(x, norm_weight, eps), in_weight, in_scales, 2 * inner) + in_bias
+    both = _product_numpy(rms_norm_numpy(x, norm_weight, eps), in_weight, in_scales, 2 * inner) + in_bias
     u[...] = _convolve_numpy(both[:, :inner], conv_weight, conv_bias, past)
-    gate[...] = _silu_numpy(both[:, inner:])
+    gate[...] = silu_numpy(both[:, inner:])
 
 
 @kernel(twin=mamba1_project_numpy, parallel=True, fastmath=REDUCE)
@@ -124,7 +145,7 @@ def mamba1_scan_numpy(
     (inner, size), rank = a_log.shape, dt_weight.shape[1]
     low, b, c = np.split(mix, [rank, rank + size], axis=1)
     if inner_eps >= 0:
-        low, b, c = (_rms_norm_numpy(each, 1, inner_eps) for each in (low, b, c))
+        low, b, c = (rms_norm_numpy(each, 1, inner_eps) for each in (low, b, c))
     step = np.logaddexp(0, _product_numpy(low, dt_weight, dt_scales, inner) + dt_bias).astype(np.float32)
     h[...] = np.exp(-step[:, :, None] * np.exp(a_log)) * h + (step * u)[:, :, None] * b[:, None]
     u[...] = (np.einsum("bdn,bn->bd", h, c) + skip * u) * gate
@@ -175,10 +196,10 @@ def mamba2_project_numpy(
     gate, u, steps, tasks,
 ):  # fmt: skip
     inner, channels = gate.shape[1], u.shape[1]
-    normed = _rms_norm_numpy(x, norm_weight, eps)
+    normed = rms_norm_numpy(x, norm_weight, eps)
     projected = _product_numpy(normed, in_weight, in_scales, inner + channels + steps.shape[1]) + in_bias
     z, new, raw = np.split(projected, [inner, inner + channels], axis=1)
-    gate[...] = _silu_numpy(z)
+    gate[...] = silu_numpy(z)
     u[...] = _convolve_numpy(new, conv_weight, conv_bias, past)
     steps[...] = np.clip(np.logaddexp(0, raw + dt_bias), dt_min, dt_max)
 
