@@ -23,9 +23,9 @@ from xuravljepa.model import CAPTION_QUERY
 from xuravljepa.tokenizer import PAD
 
 _SMALL_WORDS = ("the", "a", "an", "is", "of", "one", "there", "are", "do", "you", "to", "what")
-# What is asked in the lessons: what belongs to a named colour; then which of two lies further.  Among all questions the
-# second may stay at chance for thousands of steps, alone it is learned within some hundred.
-LESSONS = (("shape", "size", "horizontal", "vertical"), ("left_of", "above", "horizontal", "vertical"))
+# What is asked in the lessons, and after how many of their lengths each begins.  At first what belongs to a named colour.
+# When most else is known, which of two lies further: among all questions that may stay at chance for thousands of steps.
+LESSONS = {0: ("shape", "size", "horizontal", "vertical"), 4: ("left_of", "above", "horizontal", "vertical")}
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class QuestionBatches:
     question.   told : share of the known tool rows that get the tool's text all the same.   rumour : share of
     the texts in which the tool says another number than the list: its word counts.   captions : share of the
     questions that are replaced by one answered by a caption, where the picture has captions.   typos : share of
-    the questions with one slip of the pen.   lesson : batches of each of the LESSONS, which come first.
+    the questions with one slip of the pen.   lesson : batches of each of the LESSONS.
     ranks : those that share each batch; this one gives its part of it.
     """
 
@@ -112,8 +112,7 @@ class QuestionBatches:
         answers : those of all turns, in their order.   texts : (n,) indices of those that are captions.
         """
         rng = generator(self._seed, 1, step)
-        number = step // self._lesson if self._lesson else len(LESSONS)
-        lesson = LESSONS[number] if number < len(LESSONS) else ()
+        lesson = LESSONS.get(step // self._lesson, ()) if self._lesson else ()
         by_picture = [self._rows(picture, rng, lesson) for picture in self._batches.rows_of(step)]
         examples = [[self._example(rows[turn], rng) for rows in by_picture][self._part] for turn in range(self.turns)]
         first = collate(self._model, examples[0], self._features)

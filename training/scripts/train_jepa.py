@@ -210,8 +210,8 @@ def main(argv=None):
     parser.add_argument("--turns", type=options.positive, default=8, metavar="N",
                         help="questions per picture in one sequence (default 8)")
     parser.add_argument("--lesson", type=int, metavar="BATCHES",
-                        help="begin with so many batches of the simplest generated questions, and as many that compare "
-                        "two places (default 600; none with --tiny or --data-dir)")
+                        help="begin with so many batches of the simplest generated questions; four times as many "
+                        "later as many that compare two places (default 600; none with --tiny or --data-dir)")
     parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
     parser.add_argument("--model", metavar="DIR", help="go on from this model's weights; 'tiny' is the shipped one")
     parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="how generated questions are "
