@@ -102,6 +102,12 @@ def cross_entropy_backward_arguments(rng, size, dtype):
     return x[:, 0].astype(np.float64), x, target, maximum, log_sum, -100, 0.1, np.empty_like(x)
 
 
+def total_loss_arguments(rng, size, dtype):
+    target = rng.integers(0, 9, size)  # of 7 classes
+    target[0] = -100
+    return rng.standard_normal(size), target, -100, 7, np.empty(3)
+
+
 def attention_arguments(rng, size, dtype):
     scores = 3 * rng.standard_normal((4 * size, 9)).astype(dtype)
     scores[0, 0] = scores[1] = -np.inf
@@ -159,6 +165,7 @@ CASES = [
     (softmax.log_softmax_backward, log_softmax_backward_arguments),
     (cross_entropy.cross_entropy_forward, cross_entropy_arguments),
     (cross_entropy.cross_entropy_backward, cross_entropy_backward_arguments),
+    (cross_entropy.total_loss, total_loss_arguments),
     (attention.attention_weights, attention_arguments),
     (attention.attention_gradient, attention_gradient_arguments),
     (optimizer.adamw_update, adamw_arguments),

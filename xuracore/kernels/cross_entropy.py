@@ -13,20 +13,22 @@ import math
 import numpy as np
 
 from xuracore.jit import REDUCE, kernel, prange
-from xuracore.kernels.fastmath import exp, order, unorder
+from xuracore.kernels.fastmath import exp, exp2, order, unorder
 
 RUN = 256
+LOG2_E = 1 / math.log(2)
 
 
 def cross_entropy_forward_numpy(logits, target, maximum, ignore_index, smoothing, loss, log_sum):
     """loss and log_sum (rows,) float64, log_sum = z - maximum; maximum (rows,) of each row is put out too.
 
-    logits (rows, classes), target (rows,) int64 in range or ignore_index.
+    logits (rows, classes), target (rows,) int64.  The loss of a target that is not a class is 0, whether it is
+    ignore_index or wrong: :func:`total_loss` counts both.
     """
     maximum[...] = logits.max(axis=1)
     shifted = np.subtract(logits, maximum[:, None], dtype=np.float64)
     log_sum[...] = np.log(np.sum(np.exp(shifted), axis=1))
-    keep = target != ignore_index
+    keep = (target != ignore_index) & (target >= 0) & (target < logits.shape[1])
     hit = shifted[np.arange(len(target)), np.where(keep, target, 0)]
     smooth = log_sum - shifted.mean(axis=1) if smoothing else 0.0
     loss[...] = np.where(keep, (1 - smoothing) * (log_sum - hit) + smoothing * smooth, 0.0)
@@ -36,6 +38,7 @@ def cross_entropy_forward_numpy(logits, target, maximum, ignore_index, smoothing
 def cross_entropy_forward(logits, target, maximum, ignore_index, smoothing, loss, log_sum):
     rows, classes = logits.shape
     number = logits.dtype.type
+    rate = number(LOG2_E)
     for i in prange(rows):
         best = order(logits[i, 0])
         for j in range(classes):
@@ -48,10 +51,10 @@ def cross_entropy_forward(logits, target, maximum, ignore_index, smoothing, loss
             start = run * RUN
             part = number(0)
             for j in range(min(RUN, classes - start)):
-                part += exp(logits[i, start + j] - top)
+                part += exp2((logits[i, start + j] - top) * rate)  # its rounding is least where a term counts
             total += np.float64(part)
         log_sum[i] = math.log(total)
-        if target[i] == ignore_index:
+        if target[i] == ignore_index or target[i] < 0 or target[i] >= classes:
             loss[i] = 0.0
         else:
             hit = np.float64(logits[i, target[i]]) - np.float64(top)
@@ -61,6 +64,24 @@ def cross_entropy_forward(logits, target, maximum, ignore_index, smoothing, loss
                 for j in range(classes):
                     level += np.float64(logits[i, j]) - np.float64(top)
                 loss[i] += smoothing * (log_sum[i] - level / classes)
+
+
+def total_loss_numpy(loss, target, ignore_index, classes, out):
+    """out ← (Σ loss, how many targets are ignore_index, how many others are not one of the classes)."""
+    ignored = target == ignore_index
+    out[:] = np.sum(loss), np.sum(ignored), np.sum(~ignored & ((target < 0) | (target >= classes)))
+
+
+@kernel(twin=total_loss_numpy, fastmath=REDUCE)
+def total_loss(loss, target, ignore_index, classes, out):
+    total, ignored, wrong = 0.0, 0, 0
+    for i in range(target.size):
+        total += loss[i]
+        if target[i] == ignore_index:
+            ignored += 1
+        elif target[i] < 0 or target[i] >= classes:
+            wrong += 1
+    out[0], out[1], out[2] = total, ignored, wrong
 
 
 def cross_entropy_backward_numpy(grad, logits, target, maximum, log_sum, ignore_index, smoothing, dx):

@@ -16,6 +16,8 @@ from xuracore.ops.reduce import mean, norm
 from xuracore.ops.reduce import sum as sum_of
 from xuracore.ops.registry import primitive
 
+INT64 = np.dtype(np.int64)
+
 
 def _reduce(loss, reduction, dtype, count=None):
     """The reduced loss, and what each element's gradient is multiplied by."""
@@ -37,30 +39,38 @@ def _cross_entropy_forward(logits, target, ignore_index=-100, label_smoothing=0.
     """
     logits = floating(logits)
     target = np.asarray(target)
-    classes = logits.shape[-1]
+    shape = logits.shape
     if target.dtype.kind not in "iu":
         raise DTypeError(f"cross_entropy: target is {target.dtype}; expected integer class indices")
-    if target.shape != logits.shape[:-1]:
-        raise ShapeError(f"cross_entropy: target has shape {target.shape}; logits {logits.shape} need "
-                         f"{logits.shape[:-1]}")
+    if target.shape != shape[:-1]:
+        raise ShapeError(f"cross_entropy: target has shape {target.shape}; logits {shape} need {shape[:-1]}")
     if not 0 <= label_smoothing <= 1:
         raise ConfigError(f"label_smoothing={label_smoothing}; expected a number in [0, 1]")
-    index = flat(target).astype(np.int64, copy=False)
-    ignored = np.count_nonzero(index == ignore_index)
-    outside = index.view(np.uint64) >= classes  # negative ones are huge then
-    if np.count_nonzero(outside) > (0 if 0 <= ignore_index < classes else ignored):
-        wrong = index[outside & (index != ignore_index)][0]
-        raise IndexError(f"cross_entropy: target {wrong} is outside the {classes} classes "
-                         f"(and is not ignore_index={ignore_index})")
-    seen = rows(logits)
-    loss, log_sum, top = np.empty(len(seen)), np.empty(len(seen)), np.empty(len(seen), seen.dtype)
+    classes, count = shape[-1], target.size
+    seen = logits if len(shape) == 2 and logits.flags.carray else rows(logits)
+    index = flat(target)
+    if index.dtype is not INT64:
+        index = index.astype(np.int64)
+    loss, log_sum, top, sums = np.empty(count), np.empty(count), np.empty(count, seen.dtype), np.empty(3)
     settings = int(ignore_index), float(label_smoothing)
     if seen.size:
         kernels.cross_entropy_forward.sized(10 * seen.size)(seen, index, top, *settings, loss, log_sum)
     else:
         loss[...] = 0  # without classes every target is ignored
-    value, share = _reduce(loss.reshape(target.shape), reduction, logits.dtype, index.size - ignored)
-    return value, (seen, index, top, log_sum, settings, share, logits.shape)
+    kernels.total_loss(loss, index, settings[0], classes, sums)
+    total, ignored, wrong = sums.tolist()
+    if wrong:
+        first = index[(index != ignore_index) & ((index < 0) | (index >= classes))][0]
+        raise IndexError(f"cross_entropy: target {first} is outside the {classes} classes "
+                         f"(and is not ignore_index={ignore_index})")
+    share = 1.0
+    if reduction == "mean":
+        share /= max(count - ignored, 1)
+    elif reduction == "none":
+        return loss.reshape(target.shape).astype(seen.dtype), (seen, index, top, log_sum, settings, 1.0, shape)
+    elif reduction != "sum":
+        raise ConfigError(f"reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
+    return np.array(total * share, seen.dtype), (seen, index, top, log_sum, settings, share, shape)
 
 
 def _cross_entropy_vjp(grad, saved, needs):

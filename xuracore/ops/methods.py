@@ -3,6 +3,7 @@
 import numpy as np
 
 from xuracore.ops import activation, cumulate, elementwise, index, linalg, reduce, shape
+from xuracore.ops.registry import of_one
 from xuracore.tensor import Tensor
 
 
@@ -37,9 +38,11 @@ def _transpose(self, *axes):
 
 
 def _reduction(op):
+    whole = of_one(op.primitive, op)
+
     def call(self, axis=None, keepdims=False, **settings):
         if axis is None and not keepdims and not settings:
-            return op(self)
+            return whole(self)
         return op(self, axis=axis, keepdims=keepdims, **settings)
 
     call.__doc__ = op.__doc__

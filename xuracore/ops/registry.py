@@ -115,7 +115,7 @@ def recorded(record):
     call = (_several_outputs if outputs > 1 else _one_output)(record, places)
     if outputs == 1 and len(places) == len(parameters) and all(p.default is p.empty for p in places):
         if len(places) == 1:
-            call = _of_one(record, call)
+            call = of_one(record, call)
         elif len(places) == 2 and record.weak:  # both are numbers; the second of ``getitem`` is an attribute
             call = _of_two(record, call)
     call.__name__ = call.__qualname__ = record.name
@@ -247,7 +247,7 @@ def _several_outputs(record, places):
 # ---------------------------------------------------------------------- the short way for one or two inputs
 # Most small ops go this way.  The node is filled in place, here as above: a call to do it would cost
 # a tenth of the whole op.
-def _of_one(record, general):
+def of_one(record, general):
     """``general`` for ops of one input without attributes."""
 
     def call(x):
