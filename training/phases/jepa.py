@@ -23,9 +23,7 @@ from xuravljepa.model import CAPTION_QUERY
 from xuravljepa.tokenizer import PAD
 
 _SMALL_WORDS = ("the", "a", "an", "is", "of", "one", "there", "are", "do", "you", "to", "what")
-# What is asked in the lessons, and after how many of their lengths each begins.  At first what belongs to a named colour.
-# When most else is known, which of two lies further: among all questions that may stay at chance for thousands of steps.
-LESSONS = {0: ("shape", "size", "horizontal", "vertical"), 4: ("left_of", "above", "horizontal", "vertical")}
+LESSON_TYPES = ("shape", "size", "horizontal", "vertical")
 
 
 @dataclass(frozen=True)
@@ -46,8 +44,7 @@ class QuestionBatches:
     question.   told : share of the known tool rows that get the tool's text all the same.   rumour : share of
     the texts in which the tool says another number than the list: its word counts.   captions : share of the
     questions that are replaced by one answered by a caption, where the picture has captions.   typos : share of
-    the questions with one slip of the pen.   lesson : batches of each of the LESSONS.
-    ranks : those that share each batch; this one gives its part of it.
+    the questions with one slip of the pen.   ranks : those that share each batch; this one gives its part of it.
     """
 
     def __init__(self, model, rows, features, batch_size, seed=0, turns=4, lesson=0, tool_share=0.3, told=0.3,
@@ -92,7 +89,7 @@ class QuestionBatches:
     def _rows(self, picture, rng, lesson):
         """``turns`` different questions about a picture, a tool question first where one is drawn."""
         plain, tools = self._plain.get(picture, []), self._tools.get(picture, [])
-        easy = [row for row in plain if row.type in lesson]
+        easy = [row for row in plain if row.type in LESSON_TYPES] if lesson else []
         if easy:
             plain, tools = easy, []
         first = [tools[rng.integers(len(tools))]] if tools and (not plain or rng.random() < self._tool_share) else []
@@ -112,8 +109,7 @@ class QuestionBatches:
         answers : those of all turns, in their order.   texts : (n,) indices of those that are captions.
         """
         rng = generator(self._seed, 1, step)
-        lesson = LESSONS.get(step // self._lesson, ()) if self._lesson else ()
-        by_picture = [self._rows(picture, rng, lesson) for picture in self._batches.rows_of(step)]
+        by_picture = [self._rows(picture, rng, step < self._lesson) for picture in self._batches.rows_of(step)]
         examples = [[self._example(rows[turn], rng) for rows in by_picture][self._part] for turn in range(self.turns)]
         first = collate(self._model, examples[0], self._features)
         later = [collate(self._model, some, None) for some in examples[1:]]

@@ -32,8 +32,9 @@ FILES = ("config.json", "model.safetensors", "agent.json", "agent.safetensors", 
 def phases(root, seed):
     """(name, script's main, its options) in order.
 
-    Phase 1 comes in three parts: to see and compare, asked in a few ways; then all wordings, and captions; then the
-    same at a falling rate, with more of what takes longest to learn.
+    Phase 1 comes in four parts: to see and to find, asked in a few ways; to compare places, which is learned alone or
+    late; then everything, in all wordings, and captions; then the same at a falling rate, with more of what takes
+    longest to learn.
     """
     common = ["--seed", str(seed)]
     wide = ["--scenes", "4000", "--batch-size", "16", "--lesson", "0", "--lr", "1e-3"]
@@ -41,7 +42,11 @@ def phases(root, seed):
         ("vit", pretrain_vit.main, ["--steps", "3000", *common]),
         ("plain", train_jepa.main, ["--vit", f"{root}/vit/model", "--scenes", str(SCENES), "--steps", "5000",
                                     "--wordings", "plain", "--typos", "0", *common]),
-        ("wide", train_jepa.main, ["--model", f"{root}/plain/model", *wide, "--steps", "3000", "--warmup", "100",
+        ("places", train_jepa.main, ["--model", f"{root}/plain/model", "--scenes", "4000", "--steps", "900",
+                                     "--wordings", "plain", "--typos", "0", "--lesson", "0", "--schedule", "constant",
+                                     "--warmup", "100", "--only", "left_of", "above", "horizontal", "vertical",
+                                     "--seed", str(seed + 5)]),
+        ("wide", train_jepa.main, ["--model", f"{root}/places/model", *wide, "--steps", "3000", "--warmup", "100",
                                    "--schedule", "constant", "--ema", "0.998", *common]),
         ("jepa", train_jepa.main, ["--model", f"{root}/wide/model", *wide, "--steps", "1200", "--warmup", "50",
                                    "--schedule", "linear", "--twice", "left_of", "above", "compare_count",

@@ -77,7 +77,9 @@ def data_sets(args):
     held = Dataset.scenes("val", min(scenes, 300), args.data_seed, **how).rows
     known = Dataset.tools("val", min(scenes, 300), args.data_seed, pools=("known",), **how).rows
     again = [row for row in train if row.type in getattr(args, "twice", ())]
-    return [*train, *again, *tools, *(texts if args.wordings == "wide" else ())], [*held, *known], None
+    rows = [*train, *again, *tools, *(texts if args.wordings == "wide" else ())]
+    only = getattr(args, "only", ())
+    return [row for row in rows if not only or row.type in only], [*held, *known], None
 
 
 def first_encoder(args, config, rng, before=None):
@@ -210,14 +212,16 @@ def main(argv=None):
     parser.add_argument("--turns", type=options.positive, default=8, metavar="N",
                         help="questions per picture in one sequence (default 8)")
     parser.add_argument("--lesson", type=int, metavar="BATCHES",
-                        help="begin with so many batches of the simplest generated questions; four times as many "
-                        "later as many that compare two places (default 600; none with --tiny or --data-dir)")
+                        help="begin with so many batches of the simplest generated questions (default 600; none with "
+                        "--tiny or --data-dir)")
     parser.add_argument("--angn-reg-weight", type=float, default=0.01, help="pull of the gates towards open")
     parser.add_argument("--model", metavar="DIR", help="go on from this model's weights; 'tiny' is the shipped one")
     parser.add_argument("--wordings", choices=("plain", "wide"), default="wide", help="how generated questions are "
                         "put: in a few ways each, or in hundreds, and captions too (default)")
     parser.add_argument("--twice", nargs="*", default=(), metavar="TYPE",
                         help="types of generated questions that come twice as often, such as left_of")
+    parser.add_argument("--only", nargs="*", default=(), metavar="TYPE", help="train on these types of generated "
+                        "questions alone, as a lesson; all are still measured")
     parser.add_argument("--typos", type=float, default=0.05, metavar="SHARE",
                         help="of the questions with one slip of the pen (default 0.05)")
     parser.add_argument("--bidirectional", action="store_true", help="a predictor whose layers read both ways: dearer, "
