@@ -226,8 +226,8 @@ def main(argv=None):
                         help="of the questions with one slip of the pen (default 0.05)")
     parser.add_argument("--bidirectional", action="store_true", help="a predictor whose layers read both ways: dearer, "
                         "and no tool's result can be written into its states, only read")
-    parser.add_argument("--pool", choices=POOLS, help="the answer is the mean of the READ tokens (default), or of these "
-                        "and the question's words")
+    parser.add_argument("--pool", choices=POOLS, help="the answer is the mean of the READ tokens (default), or of "
+                        "these and the question's words")
     objective_options(parser)
     encoder_options(parser)
     arguments.add_data_options(parser)
