@@ -38,7 +38,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xuracore import crew, threads
+from xuracore import compiling, crew, threads
 from xuracore.errors import ConfigError, DTypeError, ShapeError
 from xuracore.rewrite import function_like, function_of, globals_read, of_one_part
 
@@ -98,7 +98,8 @@ def _numba():
 def _digest(function):
     """Hash of everything that ``function`` compiles to: nothing that was edited may be served stale.
 
-    It covers the code, the constants and device functions it reads, wherever they are written, and this file.
+    It covers the code, the constants and device functions it reads, wherever they are written, this file and
+    :mod:`xuracore.compiling`.
     """
     seen = {}
 
@@ -129,7 +130,7 @@ def _digest(function):
 
 @functools.cache
 def _own_source():
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in (__file__, compiling.__file__))).hexdigest()
 
 
 def _cache(python, digest):
@@ -257,7 +258,7 @@ class device:
         return self._compiled
 
     def _for_all_types(self):
-        return _numba().njit(**_device_options(self.python))(_with_compiled_globals(self.python))
+        return _njit(_device_options(self.python))(_with_compiled_globals(self.python))
 
     def _written(self):
         _numba()
@@ -289,7 +290,7 @@ class device:
         _numba()
         forms = {name: _with_compiled_globals(form) for name, form in self.others.items()}
         options = _device_options(*self.others.values()) | {"fastmath": set(REDUCE)}
-        return _overloaded(lambda first: forms.get(str(getattr(first, "dtype", None))), options)
+        return _chosen(lambda first: forms[str(first.dtype)], forms["float32"], options)
 
     def _by_type(self):
         from numba.core import types
@@ -297,21 +298,19 @@ class device:
         _numba()
         python, wide = _with_compiled_globals(self.python), _with_compiled_globals(self.wide)
         options = _device_options(self.python, self.wide)
-        return _overloaded(lambda first: python if first == types.float32 else wide, options)
+        return _chosen(lambda first: python if first == types.float32 else wide, python, options)
 
 
-def _overloaded(form, options):
+def _chosen(form, python, options):
     """A function that kernels may call; ``form(type of the first argument)`` is the one that is compiled."""
-    from numba.extending import overload
+    dispatcher = _njit(options)(python)
+    dispatcher._compiler._get_implementation = lambda arguments, _: form(arguments[0])
+    return dispatcher
 
-    def chosen(*arguments):
-        raise NotImplementedError("compiled kernels only")
 
-    @overload(chosen, strict=False, jit_options=options)
-    def choose(*arguments):
-        return form(arguments[0])
-
-    return chosen
+def _njit(options):
+    numba = _numba()
+    return numba.njit(pipeline_class=compiling.compiler(numba), **options)
 
 
 _OPTIONS = {"nogil": True, "error_model": "numpy", "fastmath": set(FMA), "no_cfunc_wrapper": True}
@@ -532,7 +531,7 @@ def _jit(python, fastmath):
 
 
 def _dispatcher(function, options, digest):
-    dispatcher = _numba().njit(**options)(function)
+    dispatcher = _njit(options)(function)
     try:
         dispatcher._cache = _cache(function, digest)
     except RuntimeError as error:  # nothing writable: run without a cache rather than not at all
@@ -560,7 +559,8 @@ def _guarded(dispatcher, name):
         with _compile_lock:
             known, hits = len(dispatcher.overloads), sum(dispatcher._cache_hits.values())
             start = time.perf_counter()
-            entry = compile_for_args(*arguments)
+            with compiling.lighter(_numba(), dispatcher.targetctx):
+                entry = compile_for_args(*arguments)
             if len(dispatcher.overloads) > known:  # else another thread built it while this one waited
                 how = "cached" if sum(dispatcher._cache_hits.values()) > hits else "compiled"
                 FIRST_CALLS.append((name, how, time.perf_counter() - start))
@@ -576,7 +576,7 @@ def assembly(kernel, signature):
         return None
     part = kernel.one_part()
     options = _OPTIONS | {"fastmath": set(kernel.fastmath), "_nrt": _allocates(part)}
-    dispatcher = _numba().njit(**options)(_with_compiled_globals(part))
+    dispatcher = _njit(options)(_with_compiled_globals(part))
     dispatcher.compile(signature)
     return dispatcher.inspect_asm(signature)
 

@@ -2,6 +2,7 @@
 
 import ast
 import dis
+import functools
 import inspect
 import textwrap
 import types
@@ -14,9 +15,10 @@ def function_like(python, code, scope):
     return function
 
 
+@functools.cache
 def globals_read(python):
     """Names of the globals a function loads (``co_names`` would also list attributes: ``math.exp``)."""
-    return {step.argval for step in dis.get_instructions(python) if step.opname == "LOAD_GLOBAL"}
+    return frozenset(step.argval for step in dis.get_instructions(python) if step.opname == "LOAD_GLOBAL")
 
 
 def of_one_part(python, first):

@@ -10,10 +10,12 @@ import importlib
 import json
 import os
 import pkgutil
+import queue
 import signal
 import subprocess
 import sys
 import threading
+import types
 import warnings
 
 import numpy as np
@@ -125,26 +127,19 @@ def warm_up(report=None, processes=1):
 
     units = _units()
     may_share = processes > 1 and jit.backend() == "numba" and jit.cache_directory() is not None
-    elsewhere = []
     while units:
         first_calls = _run(units.pop())
         for each in first_calls:
             note(each)
         if may_share and any(how == "compiled" for _, how, _ in first_calls):
-            may_share, elsewhere = False, list(units)
+            may_share = False
             _with_workers(units, min(processes, len(units)) - 1, note)
-    for unit in elsewhere:
-        for each in _run(unit):
-            note(each)
     return builds
 
 
 def _with_workers(units, count, note):
-    """Compile ``units``, the first one first, here and in ``count`` fresh processes; empties the list."""
-    command = [sys.executable, "-c", "from xuracore import warmup; warmup._work()"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    workers, lock = [], threading.Lock()
+    """Compile ``units``, the first one first, here and in ``count`` other processes; empties the list."""
+    workers, lock, built = [], threading.Lock(), queue.SimpleQueue()
 
     def note_all(first_calls):
         with lock:
@@ -152,35 +147,78 @@ def _with_workers(units, count, note):
                 note(tuple(each))
 
     def serve(worker):
+        unit = None
         with contextlib.suppress(IndexError, OSError, ValueError):  # nothing left, or the worker has died
             while True:
-                worker.stdin.write(units.pop(0) + "\n")
+                unit = units.pop(0)
+                worker.stdin.write(unit + "\n")
                 worker.stdin.flush()
                 note_all(json.loads(worker.stdout.readline()))
+                built.put(unit)
+                unit = None
+        built.put(unit)
+        built.put(_NO_MORE)
 
     try:
         for _ in range(count):
-            workers.append(subprocess.Popen(command, env=environment, text=True, **pipes))
-        servers = [threading.Thread(target=serve, args=(worker,), daemon=True) for worker in workers]
-        for each in servers:
-            each.start()
+            workers.append(_forked() if _may_fork() else _started())
+        for worker in workers:
+            threading.Thread(target=serve, args=(worker,), daemon=True).start()
         with contextlib.suppress(IndexError):
             while True:
                 note_all(_run(units.pop(0)))
-        for each in servers:
-            each.join()
+        for _ in workers:  # what they have built is loaded, and what they have not is built, before they are missed
+            for unit in iter(built.get, _NO_MORE):
+                note_all(_run(unit) if unit else [])
     finally:
         for worker in workers:
             worker.kill()
-            worker.communicate()
+            worker.wait()
+            worker.stdin.close()
+            worker.stdout.close()
 
 
-def _work():
+_NO_MORE = object()
+
+
+def _may_fork():
+    """A copy of this process has Numba loaded; one that had several threads could be copied at a bad moment."""
+    return sys.platform == "linux" and threading.active_count() == 1
+
+
+def _forked():
+    """A worker that is a copy of this process."""
+    (tasks, stdin), (stdout, answers) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(stdin)  # so that a parent that dies is the end of the tasks
+            os.close(stdout)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            _work(open(tasks), open(answers, "w"))
+        finally:
+            os._exit(0)  # at once: what the parent has not written yet is not for this process to write
+    os.close(tasks)
+    os.close(answers)
+    return types.SimpleNamespace(
+        stdin=open(stdin, "w"), stdout=open(stdout), kill=lambda: os.kill(child, signal.SIGKILL),
+        wait=lambda: os.waitpid(child, 0),
+    )  # fmt: skip
+
+
+def _started():
+    """A worker that is a fresh process."""
+    command = [sys.executable, "-c", "from xuracore import warmup; warmup.load_kernels(); warmup._work()"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
+
+
+def _work(tasks=sys.stdin, answers=sys.stdout):
     """Read names of units, run them, and answer each with its first calls as a line of JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started this ends it
-    load_kernels()
-    for line in sys.stdin:
-        print(json.dumps(_run(line.strip())), flush=True)
+    for line in tasks:
+        print(json.dumps(_run(line.strip())), file=answers, flush=True)
 
 
 def clear():
@@ -200,7 +238,10 @@ def load_kernels():
     return [kernel.__name__ for kernel in jit.KERNELS]
 
 
-LONGEST = ("scan", "linear_state", "ssd", "normalize", "softmax")
+LONGEST = (
+    "scan", "ssd", "linear_state", "mamba3_scan", "normalize", "mamba1_scan", "mamba2_project", "mamba1_project",
+    "mamba2_scan", "convolve", "losses", "activation", "project", "attention",
+)  # fmt: skip
 
 
 def _units():
