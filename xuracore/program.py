@@ -139,6 +139,18 @@ def _recorder(count):
         return jit._dispatcher(function_of(source, __file__, scope), jit._OPTIONS | {"_nrt": False}, _source())
 
 
+def _address(kernel, arguments):
+    """Where the build of a kernel lies, 0 if there is none that can be called from there."""
+    kinds = tuple([(type(a), a.dtype, a.ndim) if isinstance(a, np.ndarray) else type(a) for a in arguments])
+    known = kernel.addresses.get(kinds)
+    if known and all(a.flags.aligned for a in arguments if isinstance(a, np.ndarray)):
+        return known
+    found = jit._address(kernel.compiled(), arguments)  # takes ten times longer
+    if found:
+        kernel.addresses[kinds] = found
+    return found
+
+
 class Program:
     """``program()`` makes ``calls``, (kernel, tasks, arguments) each, in order.
 
@@ -171,7 +183,7 @@ class Program:
         sizes = [
             [5 + 2 * a.ndim if isinstance(a, np.ndarray) else 1 for a in arguments] for _, _, arguments in self._calls
         ]
-        addresses = [jit._address(kernel.compiled(), arguments) for kernel, _, arguments in self._calls]
+        addresses = [_address(kernel, arguments) for kernel, _, arguments in self._calls]
         if not all(addresses):
             return None
         starts = np.cumsum([1 + len(sizes)] + [LINE + WITHIN + crew.ARGUMENTS + sum(each) for each in sizes])
