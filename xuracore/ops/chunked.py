@@ -8,6 +8,7 @@ threads.
 Queries and keys come from a source: :class:`Grouped` here, rotated ones in :mod:`xuracore.ops.trapezoid`.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -153,6 +154,19 @@ def put(x, step, heads, values, rank=1):
         x[b, start * rank : (start + tokens) * rank, heads] = piece[:, : tokens * rank].swapaxes(0, 1)
 
 
+@functools.lru_cache(16)  # the layers of a model cut the same sequences, forward and backward
+def _tasks(spans, chunk, heads, groups, bytes_a_token):
+    sides = _sides(spans, chunk, bytes_a_token)
+    few = all(stop - start <= TOKEN_BY_TOKEN for _, start, stop in spans)
+    runs = _runs(1 if few else -(-TASKS // max(1, len(sides))), groups, heads)
+    tasks = []
+    for side in sides:
+        steps = _steps(side, spans, chunk)
+        for number, run in enumerate(runs):
+            tasks.append(Task(len(tasks), number, run, slice(*run), run[1] - run[0], _index(side), steps))
+    return tasks
+
+
 class _Chunks:
     """Shapes and tasks of one call."""
 
@@ -161,15 +175,7 @@ class _Chunks:
         tokens = max(1, min(chunk, CHUNK_ROWS // self.rank))
         heads, rows = v.shape[2], tokens * self.rank
         floats = heads * self.rank * (4 * self.size + 3 * self.width + 2 * rows)
-        sides = _sides(spans, tokens, floats * v.itemsize)
-        few = all(stop - start <= TOKEN_BY_TOKEN for _, start, stop in spans)
-        runs = _runs(1 if few else -(-TASKS // max(1, len(sides))), source.groups, heads)
-        self.tasks = []
-        for side in sides:
-            steps = _steps(side, spans, tokens)
-            for number, run in enumerate(runs):
-                count = run[1] - run[0]
-                self.tasks.append(Task(len(self.tasks), number, run, slice(*run), count, _index(side), steps))
+        self.tasks = _tasks(tuple(spans), tokens, heads, source.groups, floats * v.itemsize)
 
     def scratch(self, task, step, before=None):
         """A, X, w v and e^{c_Q} of a step; those of the step before, if they will do."""

@@ -17,6 +17,7 @@ with beta' = 0 after the last token, where H = h: the scan of :mod:`xuracore.ker
 of Mamba-2 too, with other weights.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -183,6 +184,7 @@ def _spread(v, psi):
     return np.ascontiguousarray(v[..., None, :, :] * psi.swapaxes(0, 1))
 
 
+@functools.lru_cache(16)
 def _ends(spans):
     """Of the sequences that have tokens: their numbers, rows of the batch, first and last tokens."""
     table = np.array(spans, np.int64).reshape(-1, 3)
@@ -219,7 +221,7 @@ def _trapezoidal_scan_forward(
 
     Returns (y (B, L, R, H, P), theta, h, k_last, v_last).  Raises ShapeError, ConfigError.
     """
-    spans = sequences(q.shape, cu_seqlens, "trapezoidal_scan")
+    spans = tuple(sequences(q.shape, cu_seqlens, "trapezoidal_scan"))
     given = (q, k, v, dt, a, trap, angles, q_bias, k_bias, skip, psi, theta, h, k_prev, v_prev)
     inputs, state = _trapezoid_inputs(given, spans, rotary)
     q, k, v, dt, a, trap, turns, q_bias, k_bias, skip, psi = inputs
