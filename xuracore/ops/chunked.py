@@ -20,6 +20,7 @@ from xuracore.kernels import ssd
 CHUNK_ROWS = 64  # half of a chunk's scores are wasted above the diagonal, so not many more
 TASKS = 4  # of one call, at least, where there are sequences and heads enough
 TOKEN_BY_TOKEN = 8  # up to this length the plain recurrence is faster than products of such few rows
+KEPT_TOKENS = 16  # up to this length the backward pass gets A and X of the forward pass instead of making them again
 TASK_BYTES = 3 << 18  # what the arrays of short sequences done side by side may take: most of a core's L2 cache
 
 
@@ -191,22 +192,23 @@ def scan(source, v, log_decay, gain, own, skip, state, spans, chunk=CHUNK_ROWS):
     """The recurrence of :mod:`xuracore.kernels.ssd` from ``state`` (S, H, N, P), one for each of S spans.
 
     v (B, L * R, H, P); log_decay, gain, own (B, L, H); skip (H,).  Returns (y like v, last like state, what
-    :func:`scan_gradient` needs: the tasks and, where a tape is kept, the states before their steps).
+    :func:`scan_gradient` needs: the tasks and, where a tape is kept, the states before their steps, and for
+    short sequences all that their one step made).
     """
     sizes = _Chunks(source, v, spans, chunk)
     y, last, keep = np.empty_like(v), np.empty_like(state), is_grad_enabled()
-    entering = [[] for _ in sizes.tasks]
+    entering, made = [[] for _ in sizes.tasks], [None for _ in sizes.tasks]
     fill, recur = ssd.ssd_chunk.sized(0), ssd.ssd_steps.sized(0)
 
     def do(task):
-        read, room = source.task(task).read, None
+        keyed, room = source.task(task), None
         short = len(task.steps) == 1 and task.steps[0].tokens <= TOKEN_BY_TOKEN
         states = state[task.members, task.heads].copy()
         for step in task.steps:
             carried = states[: len(step.places)]
             if keep:
                 entering[task.number].append(carried.copy())
-            queries, keys = read(step)
+            queries, keys = keyed.read(step)
             if short:
                 recur(queries, keys, v, log_decay, gain, own, skip, step.places, task.run[0], carried, y)
                 continue
@@ -220,15 +222,17 @@ def scan(source, v, log_decay, gain, own, skip, state, spans, chunk=CHUNK_ROWS):
                 put(y, step, task.heads, a @ x, sizes.rank)
             carried *= total[:, :, None, None]
             carried += keys.swapaxes(2, 3) @ scaled
+            if keep and len(task.steps) == 1 and step.tokens <= KEPT_TOKENS:
+                made[task.number] = keyed, queries, keys, products, a, x, scaled, total
         last[task.members, task.heads] = states
 
     threads.share([(do, task) for task in sizes.tasks], 4 * v.size * source.size)
-    return y, last, (sizes, entering)
+    return y, last, (sizes, entering, made)
 
 
 def scan_gradient(source, v, log_decay, gain, own, skip, kept, gy, glast):
     """Gradients of :func:`scan`: (gv, glog_decay, ggain, gown, gskip, gstate); the source keeps its own."""
-    sizes, entering = kept
+    sizes, entering, made = kept
     gstate = np.empty_like(glast)
     gv, glog, ggain, gown = (np.empty_like(m) for m in (v, log_decay, gain, own))
     gskip = np.zeros((len(sizes.tasks), v.shape[2]), v.dtype)
@@ -241,11 +245,14 @@ def scan_gradient(source, v, log_decay, gain, own, skip, kept, gy, glast):
         grads = glast[task.members, task.heads].copy()
         for step in reversed(task.steps):
             grad = grads[: len(step.places)]
-            queries, keys = keyed.read(step)
-            a, x, scaled, total = room = sizes.scratch(task, step, room)
-            products = queries @ keys.swapaxes(2, 3)
-            fill(queries, v, log_decay, gain, own, skip, step.places, task.run[0], products, a, x, scaled, total)
-            x[:, :, :size] = entering[task.number][step.index]
+            if made[task.number]:
+                keyed, queries, keys, products, a, x, scaled, total = made[task.number]
+            else:
+                queries, keys = keyed.read(step)
+                a, x, scaled, total = room = sizes.scratch(task, step, room)
+                products = queries @ keys.swapaxes(2, 3)
+                fill(queries, v, log_decay, gain, own, skip, step.places, task.run[0], products, a, x, scaled, total)
+                x[:, :, :size] = entering[task.number][step.index]
             dy = take(gy, step, task.heads, sizes.rank)
             da, dx = dy @ x.swapaxes(2, 3), a.swapaxes(2, 3) @ dy
             back, dkeys = keys @ grad, scaled @ grad.swapaxes(2, 3)
