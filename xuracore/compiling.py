@@ -9,7 +9,8 @@ Four things that Numba does are left out while a kernel is compiled; elsewhere i
 - A third of the passes look for closures, ``with`` blocks, literals to unroll and array expressions, and each is
   followed by an analysis of all variables: the pipeline has only what loops over arrays need.
 
-These are insides of Numba.  One that looks different (:func:`supported`) compiles as it does by itself.
+These are insides of Numba.  A version this was not tried with, or that looks different (:func:`supported`),
+compiles as it does by itself.
 
 Everything here gets Numba as an argument: only :mod:`xuracore.jit` imports it.
 """
@@ -19,6 +20,7 @@ import functools
 import operator
 import types
 
+TRIED = ((0, 62), (0, 68))  # first and last versions of Numba
 _INSIDES = (
     "types.functions.BaseFunction.get_call_type", "types.functions.BaseFunction.get_impl_key",
     "types.BoundFunction.get_call_type",
@@ -39,7 +41,10 @@ _PASSES = (
 
 @functools.cache
 def supported(numba):
-    """Whether this Numba has all that is replaced here."""
+    """Whether this Numba is one of those tried, and has all that is replaced here."""
+    version = tuple(int(part) for part in getattr(numba, "__version__", "0.0").split(".")[:2])
+    if not TRIED[0] <= version <= TRIED[1]:
+        return False
     try:
         operator.attrgetter(*_INSIDES, *_PASSES)(numba.core)
     except AttributeError:

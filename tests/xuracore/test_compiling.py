@@ -68,9 +68,11 @@ def test_only_what_is_called_from_outside_becomes_machine_code(fresh):
     assert build.library._emitted and not inner._emitted
 
 
-def test_another_numba_compiles_as_it_does_by_itself():
+@pytest.mark.parametrize("version", ["0.61.2", "0.68.0", "0.69.0rc1", "1.0"])
+def test_another_numba_compiles_as_it_does_by_itself(version):
     usual = type("Compiler", (), {})
     other = ModuleType("numba")
+    other.__version__ = version  # too old, different inside, too new
     other.core = SimpleNamespace(compiler=SimpleNamespace(Compiler=usual))
     assert not compiling.supported(other) and compiling.compiler(other) is usual
     with compiling.lighter(other, None):
