@@ -41,7 +41,7 @@ class AgentConfig(Config):
         mode = "text" if p.bidirectional and mode == "state" else mode
         return cls(
             monitor=MonitorConfig(read_dim=p.d_model, vision_dim=p.vision_dim),
-            injector=InjectorConfig(mode=mode, knowledge_dim=p.embed_dim),
+            injector=InjectorConfig(mode=mode, knowledge_dim=p.embed_dim, width=64 if p.embed_dim > 256 else 0),
             selector=SelectorConfig(read_dim=p.d_model, embed_dim=p.embed_dim, tools=tuple(tools)),
         )
 

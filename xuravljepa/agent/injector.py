@@ -36,17 +36,23 @@ MODES = ("state", "offset", "residual", "token", "text")
 
 @dataclass(frozen=True)
 class InjectorConfig(Config):
-    """``mode``: as above; ``rank``: of a write into a state, or of an offset."""
+    """``mode``: as above; ``rank``: of a write into a state, or of an offset.
+
+    width : numbers that k is brought down to before each layer makes its write of it, W_i N k; 0: all of k.
+    Without it the writes of a large predictor are as large as the predictor.
+    """
 
     mode: str = "state"
     knowledge_dim: int = 64
     rank: int = 4
+    width: int = 0
     max_change: float = 4.0  # ‖S' - S‖ ≤ max_change · ‖S‖, a guard against blow-up, seldom reached
     residual_layer: int = 0
 
     def __post_init__(self):
         require(self.mode in MODES, f"mode is {self.mode!r}; choose one of {', '.join(MODES)}")
         require_positive(self, "knowledge_dim", "rank")
+        require(self.width >= 0, f"width is {self.width}; expected 0, for all, or more")
         require(self.max_change > 0, f"max_change is {self.max_change}; expected more than 0")
         require(self.residual_layer >= 0, f"residual_layer is {self.residual_layer}; layers count from 0")
 
@@ -56,7 +62,8 @@ class LayerWrite(nn.Module):
 
     def __init__(self, config, heads, headdim, d_state, *, rng):
         self._shape = config.rank, heads, headdim, d_state
-        k, bound = config.knowledge_dim, config.knowledge_dim**-0.5
+        k = config.width or config.knowledge_dim
+        bound = k**-0.5
         self.value = nn.Parameter(init.uniform((config.rank * heads * headdim, k), rng, bound * 2))
         self.key = nn.Parameter(init.uniform((config.rank * heads * d_state, k), rng, bound * 2))
         self.key_bias = nn.Parameter(init.normal((config.rank * heads * d_state,), rng, 0.5))
@@ -138,6 +145,8 @@ class StateInjector(nn.Module):
                 self.projection.weight.data[:] = 0
         elif config.mode != "text":
             heads = p.expand * p.d_model // p.headdim
+            if config.width:
+                self.narrow = nn.Parameter(init.normal((config.width, config.knowledge_dim), rng, config.width**-0.5))
             self.writes = nn.ModuleList(
                 LayerWrite(config, heads, p.headdim, p.d_state, rng=rng) for _ in range(p.n_layers))
 
@@ -145,11 +154,14 @@ class StateInjector(nn.Module):
         """knowledge (B, K) → the states with the write in them.  ConfigError in the modes without one."""
         self._check("state", "writes into no state; use take_in")
         self._check_count(states)
-        after = []
+        after, knowledge = [], self._narrowed(knowledge)
         for write, state in zip(self.writes, states):
             h = write(knowledge, state.h, state.theta)
             after.append(state._replace(h=_limited(state.h, h, self.config.max_change)))
         return after
+
+    def _narrowed(self, knowledge):
+        return ops.linear(knowledge, self.narrow) if self.config.width else knowledge
 
     def bias(self, knowledge):
         """knowledge (B, K) → what the residual mode adds to the stream, (B, d_model)."""
@@ -167,7 +179,8 @@ class StateInjector(nn.Module):
             return Injection(states, bias=bias, change=_norms(bias) / np.sqrt(bias.shape[-1]))
         if mode == "offset":
             self._check_count(states)
-            offsets = [write.write(knowledge) for write in self.writes]
+            narrowed = self._narrowed(knowledge)
+            offsets = [write.write(narrowed) for write in self.writes]
             total = sum(_squares(offset.data) for offset in offsets)
             size = sum(_squares(state.h.data) for state in states)
             return Injection(states, offsets=offsets, change=np.sqrt(total / np.maximum(size, 1e-24)))

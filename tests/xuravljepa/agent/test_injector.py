@@ -49,6 +49,19 @@ def trained(seed=2, **changes):
     return injector
 
 
+@pytest.mark.parametrize("mode", ["state", "offset"])
+def test_narrowed_knowledge_is_a_write_of_low_rank(mode):
+    narrow, whole = trained(mode=mode, width=3), StateInjector(CONFIG.replace(mode=mode), PREDICTOR)
+    product = {name: value for name, value in narrow.state_dict().items() if name != "narrow"}
+    for name, value in product.items():
+        if name.endswith((".value", ".key", ".keep")):
+            product[name] = value @ narrow.narrow.data
+    whole.load_state_dict(product)
+    one, other = (each.take_in(None, None, knowledge(), states()) for each in (narrow, whole))
+    for a, b in zip(one.offsets or [s.h for s in one.states], other.offsets or [s.h for s in other.states]):
+        np.testing.assert_allclose(a.data, b.data, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------------- the write
 def test_a_new_injector_changes_nothing():
     before = states()
