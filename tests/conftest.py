@@ -1,6 +1,7 @@
 """Settings of every test: how many examples, what is skipped, and what no test may leave behind."""
 
 import os
+import signal
 
 import pytest
 from hypothesis import settings
@@ -25,6 +26,14 @@ def pytest_collection_modifyitems(config, items):
         if item.get_closest_marker("bench") and "bench" not in asked:
             item.add_marker(pytest.mark.skip(reason="measures time: run with -m bench"))
     items.sort(key=lambda item: item.name == "test_no_kernel_has_more_than_two_builds")  # it looks back on all
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)

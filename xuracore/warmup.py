@@ -174,7 +174,8 @@ def _with_workers(units, count, note):
         for worker in workers:
             worker.kill()
             worker.wait()
-            worker.stdin.close()
+            with contextlib.suppress(OSError):  # what a dead worker did not read
+                worker.stdin.close()
             worker.stdout.close()
 
 

@@ -105,8 +105,10 @@ class Session:
         self._parts.append(Program(calls))
 
     def step(self, token_ids):
-        model = self.decoder.model
-        self._x[...] = model.backbone.embedding(np.asarray(token_ids)).data
+        model, token_ids = self.decoder.model, np.asarray(token_ids)
+        if len(token_ids) != len(self._x):
+            raise ShapeError(f"there are {len(token_ids)} tokens for {len(self._x)} states")
+        self._x[...] = model.backbone.embedding(token_ids).data
         for part in self._parts:
             part()
         if self._logits is not None:

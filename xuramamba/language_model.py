@@ -115,8 +115,9 @@ class LanguageModel(Module):
 
     def forward(self, token_ids, state=None, **options):
         if state is not None and not options and not is_grad_enabled() and np.shape(token_ids)[1:] == (1,):
-            logits, state = decoder_of(self)(self.backbone.checked(token_ids)[:, 0], state)
-            return Tensor(logits[:, None]), state
+            session = decoder_of(self).session(state)
+            logits = session.step(self.backbone.checked(token_ids)[:, 0])
+            return Tensor(logits[:, None]), session.state
         hidden, state = self.backbone(token_ids, state, **options)
         return self.logits(hidden), state
 

@@ -62,7 +62,7 @@ def test_no_more_waits_than_was_allowed():
     assert len(read) == 5
 
 
-def test_ctrl_c_leaves_no_thread():
+def test_ctrl_c_leaves_no_thread(interruptible):
     begun = []
 
     def work(n):

@@ -134,7 +134,7 @@ def test_ctrl_c_returns_what_was_made_with_a_state_to_go_on_from(model):
     np.testing.assert_array_equal(rest, alone(model, [*made.ids[0], 7], 2)[5:])
 
 
-def test_ctrl_c_during_a_step_waits_for_its_end(model, monkeypatch):
+def test_ctrl_c_during_a_step_waits_for_its_end(model, monkeypatch, interruptible):
     step, seen = Session.step, []
 
     def interrupted(session, token_ids):

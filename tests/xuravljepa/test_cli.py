@@ -110,7 +110,7 @@ def test_version(capsys):
     (["inspect", "{here}/scene.png"], "header"),
     (["generate", "{here}", "hello"], "model_type"),
     (["bench", "--seconds", "0"], "--seconds"),
-    (["train", "agent", "--data-dir", "x", "--quiet"], "generator"),
+    (["train", "agent", "--data-dir", "x", "--model", "{here}/missing", "--quiet"], "no such folder"),
     (["make-data", "--n", "0"], "--n")])
 def test_what_cannot_be_done_is_one_line_and_2(capsys, folder, tmp_path, monkeypatch, arguments, says):
     monkeypatch.chdir(tmp_path)
