@@ -52,8 +52,8 @@ def phases(root, seed):
                                    "--schedule", "linear", "--twice", "left_of", "above", "compare_count",
                                    "--seed", str(seed + 1)]),
         ("decoder", train_decoder.main,
-         ["--model", f"{root}/jepa/model", "--scenes", "300", "--caption-scenes", "6000", "--steps", "5000",
-          "--lesson", "3000", *common]),
+         ["--model", f"{root}/jepa/model", "--scenes", "300", "--caption-scenes", "6000", "--steps", "10000",
+          "--lesson", "5000", *common]),
         ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "800", *common]),
     ]
 
