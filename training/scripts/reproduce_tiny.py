@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import platform
 import shutil
 import sys
@@ -75,7 +76,7 @@ def manifest(root, seed, minutes):
         "data": {"scenes": SCENES, "sha256_of_first_200_scenes": [part.fingerprint() for part in data]},
         "versions": {"xura": __version__, "python": platform.python_version(), "numpy": np.__version__},
         "metrics": {name: io.load_json(root / name / "metrics.json") for name, _, _ in phases(root, seed)},
-        "evaluation": io.load_json(root / "evaluation.json"),
+        "evaluation": json.loads(json.dumps(io.load_json(root / "evaluation.json")).replace(str(root), "OUTPUT")),
         "files": {name: hashlib.sha256((root / "model" / name).read_bytes()).hexdigest() for name in FILES},
     }
 

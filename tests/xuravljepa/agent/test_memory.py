@@ -319,5 +319,5 @@ def test_killed_writers_lose_nothing_that_was_complete(tmp_path):
     specification = importlib.util.spec_from_file_location("memory_kills", path)
     campaign = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(campaign)
-    reported, lost, _, _ = campaign.kill_writers(tmp_path, 4, random.Random(0))
+    reported, lost, _, _ = campaign.kill_writers(tmp_path, 12, random.Random(0))
     assert reported > 0 and lost == 0
