@@ -37,7 +37,7 @@ _SCALES = (0.1, 10.0)  # how far the controller may move the thresholds
 class SelectiveConfig:
     """When to decode."""
 
-    drift: float = 0.2  # above which a change matters
+    drift: float = 0.1  # above which a change matters
     surprise: float = 5.0  # standard deviations above which it is no noise
     window: int = 16  # newest frames among which the change is looked for
     min_gap: int = 1  # frames between two decodes, at least
