@@ -21,7 +21,7 @@ from xuracore import __version__, get_num_threads, io, set_num_threads
 from xuravljepa.model import SHIPPED
 
 EPILOG = """\
-At most two hours on two cores.  Interrupted, the same command with --resume goes on where it stopped.  The
+Less than two hours on one core.  Interrupted, the same command with --resume goes on where it stopped.  The
 result lies in OUTPUT/model; with --install it becomes the model that Agent.from_pretrained("tiny") loads.
 
   python training/scripts/reproduce_tiny.py --output-dir runs/tiny
@@ -55,7 +55,7 @@ def phases(root, seed):
         ("decoder", train_decoder.main,
          ["--model", f"{root}/jepa/model", "--scenes", "300", "--caption-scenes", "6000", "--steps", "10000",
           "--lesson", "5000", *common]),
-        ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "800", *common]),
+        ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "800", "--monitor-scenes", "7000", *common]),
     ]
 
 
