@@ -55,7 +55,8 @@ def phases(root, seed):
         ("decoder", train_decoder.main,
          ["--model", f"{root}/jepa/model", "--scenes", "300", "--caption-scenes", "6000", "--steps", "10000",
           "--lesson", "5000", *common]),
-        ("agent", train_agent.main, ["--model", f"{root}/decoder/model", "--steps", "800", "--monitor-scenes", "7000", *common]),
+        ("agent", train_agent.main,
+         ["--model", f"{root}/decoder/model", "--steps", "800", "--monitor-scenes", "7000", *common]),
     ]
 
 

@@ -61,7 +61,3 @@ class Spans:
     def longest(self):
         """Tokens of the longest sequence, at least 1."""
         return max(1, int(np.diff(self.edges).max(initial=0)))
-
-    def rows(self, block):
-        """(count + 1,) the first stored state of each sequence with one every ``block`` tokens, and their number."""
-        return np.concatenate([[0], np.cumsum(-(-np.diff(self.edges) // block))])
