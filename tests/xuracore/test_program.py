@@ -66,8 +66,13 @@ def test_calls_are_made_in_order_with_what_the_arrays_hold(crew_of):
 
 
 def test_an_empty_program_does_nothing(crew_of):
-    Program([])()
-    Program([])()
+    arrays, calls = chain(2)
+    Program(calls)()
+    before = [each.copy() for each in arrays]
+    empty = Program([])
+    empty()
+    empty()
+    assert all(np.array_equal(*pair) for pair in zip(arrays, before))
 
 
 def test_several_threads_run_programs_of_their_own(crew_of):

@@ -66,6 +66,16 @@ def stored(saved, place, block, stride, size):
     return saved[row : row + size]
 
 
+def stretches(edges, block, begin, end):
+    """(sequence, first token, end, blocks up to there, whether its last is among them) of the blocks begin … end."""
+    for s in range(len(edges) - 1):
+        blocks = -(-(edges[s + 1] - edges[s]) // block)
+        upper = min(end, blocks)
+        if not begin or upper > begin:
+            closing = min(edges[s] + upper * block, edges[s + 1])
+            yield s, edges[s] + begin * block, closing, upper, upper == blocks
+
+
 def _to_channels(x, channels):
     """(T, G, N) to (T, D, N)."""
     return np.repeat(x, channels // x.shape[1], axis=1)
@@ -97,12 +107,7 @@ def selective_scan_backward_numpy(
 ):  # fmt: skip
     """NumPy twin of :func:`selective_scan_backward`."""
     (channels, size), groups = a.shape, b.shape[1]
-    for s in range(len(edges) - 1):
-        blocks = -(-(edges[s + 1] - edges[s]) // block)
-        upper = min(end, blocks)
-        if begin and upper <= begin:
-            continue
-        opening, closing = edges[s] + begin * block, min(edges[s] + upper * block, edges[s + 1])
+    for s, opening, closing, upper, last in stretches(edges, block, begin, end):
         here = slice(opening, closing)
         us, delta = u[here], _discretise(raw[here], bias, low, high, soft)
         bs, cs = _to_channels(b[here], channels), _to_channels(c[here], channels)
@@ -116,7 +121,7 @@ def selective_scan_backward_numpy(
                 x, gate = z[opening + t], _sigmoid(z[opening + t])
                 gz[opening + t] = dy[t] * ((cs[t] * states[-1]).sum(1) + skip * us[t]) * gate * (1 + x * (1 - gate))
                 dy[t] *= x * gate
-        if upper < blocks:
+        if not last:
             g = stored(saved, places[s], upper, stride, size).T.copy()
         else:
             g = gh_last[s] if gh_last.size else np.zeros_like(a)

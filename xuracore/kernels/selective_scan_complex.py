@@ -14,7 +14,7 @@ import numpy as np
 
 from xuracore.jit import REDUCE, kernel
 from xuracore.kernels.fastmath import cosine_sine, exp, sigmoid, softplus
-from xuracore.kernels.selective_scan import CHANNELS, _discretise, _sigmoid, _to_channels, stored
+from xuracore.kernels.selective_scan import CHANNELS, _discretise, _sigmoid, _to_channels, stored, stretches
 
 
 def _complex(x):
@@ -60,12 +60,7 @@ def complex_scan_backward_numpy(
 ):  # fmt: skip
     """NumPy twin of :func:`complex_scan_backward`."""
     (channels, size), groups, a = a.shape[:2], b.shape[1], _complex(a)
-    for s in range(len(edges) - 1):
-        blocks = -(-(edges[s + 1] - edges[s]) // block)
-        upper = min(end, blocks)
-        if begin and upper <= begin:
-            continue
-        opening, closing = edges[s] + begin * block, min(edges[s] + upper * block, edges[s + 1])
+    for s, opening, closing, upper, last in stretches(edges, block, begin, end):
         here = slice(opening, closing)
         us, delta = u[here], _discretise(raw[here], bias, low, high, soft)
         bs, cs = (_to_channels(_complex(x[here]), channels) for x in (b, c))
@@ -80,7 +75,7 @@ def complex_scan_backward_numpy(
                 inner = 2 * (cs[t] * states[-1]).real.sum(1) + skip * us[t]
                 gz[opening + t] = dy[t] * inner * gate * (1 + x * (1 - gate))
                 dy[t] *= x * gate
-        if upper < blocks:
+        if not last:
             g = _of_rows(stored(saved, places[s], upper, stride, 2 * size))
         else:
             g = _complex(gh_last[s]) if gh_last.size else np.zeros_like(a)

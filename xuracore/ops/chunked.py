@@ -202,11 +202,13 @@ def scan(source, v, log_decay, gain, own, skip, state, spans, chunk=CHUNK_ROWS):
 
     def do(task):
         keyed, room = source.task(task), None
-        short = len(task.steps) == 1 and task.steps[0].tokens <= TOKEN_BY_TOKEN
+        one_step, first = len(task.steps) == 1, task.steps[0].tokens if task.steps else 0
+        short = one_step and first <= TOKEN_BY_TOKEN
+        keep_all = keep and one_step and TOKEN_BY_TOKEN < first <= KEPT_TOKENS  # X has the state before in it
         states = state[task.members, task.heads].copy()
         for step in task.steps:
             carried = states[: len(step.places)]
-            if keep:
+            if keep and not keep_all:
                 entering[task.number].append(carried.copy())
             queries, keys = keyed.read(step)
             if short:
@@ -222,7 +224,7 @@ def scan(source, v, log_decay, gain, own, skip, state, spans, chunk=CHUNK_ROWS):
                 put(y, step, task.heads, a @ x, sizes.rank)
             carried *= total[:, :, None, None]
             carried += keys.swapaxes(2, 3) @ scaled
-            if keep and len(task.steps) == 1 and step.tokens <= KEPT_TOKENS:
+            if keep_all:
                 made[task.number] = keyed, queries, keys, products, a, x, scaled, total
         last[task.members, task.heads] = states
 
